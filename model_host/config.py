@@ -1,0 +1,140 @@
+"""What `config.json` of a DeepSeek-V2 checkpoint says, typed and checked; nothing of tensors or devices.
+
+Reads the hub's files (`rope_scaling`, `auto_map`) and those transformers 5 writes (`rope_parameters`) alike. What the model
+code does not support is refused by name instead of being computed wrongly.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model_host.errors import CheckpointError
+
+
+class Yarn(BaseModel):
+    """YaRN context extension (arXiv 2309.00071), as DeepSeek-V2 uses it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(gt=0)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def magnitude(self, weight: float) -> float:
+        """Attention temperature: 0.1 * weight * ln(factor) + 1 (YaRN, section 3.4)."""
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+class ModelConfig(BaseModel):
+    """The numbers of one checkpoint; field names are those of `config.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model_type: Literal["deepseek_v2"]
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    moe_intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    first_k_dense_replace: int = 0
+    moe_layer_freq: Literal[1] = 1
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = Field(gt=0)
+    qk_nope_head_dim: int = Field(gt=0)
+    qk_rope_head_dim: int = Field(gt=0, multiple_of=2)
+    v_head_dim: int = Field(gt=0)
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
+    n_group: int | None = None
+    topk_group: int | None = None
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: Literal[False] = False
+    scoring_func: Literal["softmax"] = "softmax"
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    yarn: Yarn | None = None
+    max_position_embeddings: int = Field(gt=0)
+    tie_word_embeddings: bool = False
+    bos_token_id: int
+    eos_token_id: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Brings the two spellings of the rope settings, and the hub's "gready" typo, to one."""
+        config = dict(raw)
+        rope = config.get("rope_parameters") or config.get("rope_scaling")
+        if rope:
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+            if kind == "yarn":
+                config["yarn"] = rope
+            elif kind != "default":
+                raise ValueError(f"rope scaling of type {kind!r} is not supported, only yarn")
+        if config.get("topk_method") in (None, "gready"):
+            config["topk_method"] = "greedy"
+        return config
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.first_k_dense_replace < self.num_hidden_layers and not (self.n_routed_experts and self.num_experts_per_tok):
+            raise ValueError("n_routed_experts and num_experts_per_tok are needed for the layers with experts")
+        if self.topk_method == "group_limited_greedy" and not (self.n_group and self.topk_group):
+            raise ValueError("group_limited_greedy needs n_group and topk_group")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The configuration of the checkpoint in `folder`. Raises CheckpointError, naming the field, when it cannot be used."""
+        file = folder / "config.json"
+        try:
+            raw = json.loads(file.read_text("utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} holds no config.json: give the folder of a DeepSeek-V2 checkpoint.") from None
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read as JSON ({error}): download the checkpoint again.") from error
+        found = raw.get("model_type") if isinstance(raw, dict) else None
+        if found != "deepseek_v2":
+            raise CheckpointError(f"{folder} holds a model of type {found!r}, not 'deepseek_v2': choose a DeepSeek-V2 checkpoint.")
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+            raise CheckpointError(f"{file} describes a model that is not supported ({what}).") from error
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers cached per token and layer: the latent and the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^-0.5, times YaRN's squared temperature where the file asks for it (hub modeling code, `mscale_all_dim`)."""
+        scale = self.qk_head_dim**-0.5
+        if self.yarn and self.yarn.mscale_all_dim:
+            scale *= self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def rope_magnitude(self) -> float:
+        """Factor on cos and sin: the ratio of YaRN's two temperatures, 1.0 in every released checkpoint."""
+        if not self.yarn:
+            return 1.0
+        if self.yarn.mscale and self.yarn.mscale_all_dim:
+            return self.yarn.magnitude(self.yarn.mscale) / self.yarn.magnitude(self.yarn.mscale_all_dim)
+        return self.yarn.magnitude(1.0)
