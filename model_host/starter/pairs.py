@@ -8,6 +8,7 @@ import ast
 import json
 import lzma
 import textwrap
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ def without_docstring(node: Function, source: str) -> str:
 
 
 def pairs_in(documents: Iterable[Document]) -> Iterator[Pair]:
-    """Pairs of one distribution's documents; a test belongs to a function of the same distribution by its name, test_NAME."""
+    """Pairs of one distribution's documents: a docstring or an explanation for every second documented function (more would
+    only make the corpus larger), and every test, which belongs to a function of the same distribution by its name, test_NAME."""
     sources: dict[str, str] = {}
     tests: dict[str, str] = {}
     for document in documents:
@@ -65,10 +67,13 @@ def pairs_in(documents: Iterable[Document]) -> Iterator[Pair]:
                 bare = without_docstring(node, source)
                 sources.setdefault(node.name, bare)
                 quoted = textwrap.indent(f'"""{docstring}\n"""' if "\n" in docstring else f'"""{docstring}"""', "    ")
-                yield Pair(ask=f"Write a docstring for this function.\n\n{fenced(bare)}", answer=fenced(quoted))
                 summary = docstring.split("\n\n")[0].replace("\n", " ")
-                if summary.endswith("."):
-                    yield Pair(ask=f"Explain what this function does.\n\n{fenced(bare)}", answer=summary)
+                if zlib.crc32(bare.encode()) % 2:
+                    pair = Pair(ask=f"Write a docstring for this function.\n\n{fenced(bare)}", answer=fenced(quoted))
+                else:
+                    pair = Pair(ask=f"Explain what this function does.\n\n{fenced(bare)}", answer=summary)
+                if zlib.crc32(pair.ask.encode()) % 2 and (summary.endswith(".") or pair.answer != summary):
+                    yield pair
             elif len(node.body) > 1:
                 sources.setdefault(node.name, source)
     for name, test in tests.items():
