@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,6 +22,7 @@ from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.generation import Progress
 from model_host.models.deepseek_v2 import Model
+from model_host.tokenizer import Tokenizer
 
 STARTER = Path(__file__).parent / "starter" / "checkpoint"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json", "*.jinja"]
@@ -160,3 +162,48 @@ def destinations_in(model: Model) -> Iterator[tuple[str, Tensor]]:
                     yield f"{stem}.{expert}.down_proj.weight", matrix  # [D, I]
         else:
             yield hub_name, parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What would be loaded, in words, and what stands in its way."""
+
+    facts: dict[str, str]
+    problems: list[str]
+
+
+def inspect(name: str, device: str, dtype: str) -> Inspection:
+    """Looks at a checkpoint and the machine as loading would, without reading a weight."""
+    facts = {"devices": ", ".join(devices()), "models found": ", ".join(["starter", *hub_checkpoints()]), "model": name}
+    problems: list[str] = []
+    try:
+        folder = locate(name)
+        facts["folder"] = str(folder)
+        config = ModelConfig.read(folder)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in Model(config).parameters())
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where, parameters)
+        total = sum(part.bytes for part in shards(folder))
+        facts["weights"] = f"{total / 1e6:,.1f} MB on disk, {parameters * kind.itemsize / 1e6:,.1f} MB in memory"
+        facts["would load"] = f"{parameters / 1e6:,.1f} M parameters as {str(kind).removeprefix('torch.')} on {where}"
+        facts["context"] = f"{config.max_position_embeddings:,} tokens, {config.latent_dim * config.num_hidden_layers * kind.itemsize:,} bytes each"
+        tokenizer = Tokenizer(folder)
+        facts["fill-in-the-middle"] = "yes" if tokenizer.has_fim else "no"
+        if not tokenizer.has_fim:
+            problems.append(f"{name} has no fill-in-the-middle tokens: choose DeepSeek-Coder-V2-Lite, DeepSeek-V2.5 or the starter.")
+    except CheckpointError as error:
+        problems.append(str(error))
+    return Inspection(facts, problems)
+
+
+def devices() -> list[str]:
+    names = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    return [*names, f"cpu with {torch.get_num_threads()} threads"]
+
+
+def hub_checkpoints() -> list[str]:
+    """DeepSeek models in the hub's cache of this user."""
+    folders = Path(HF_HUB_CACHE).glob("models--*")
+    names = (folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+    return sorted(name for name in names if "deepseek" in name.lower())

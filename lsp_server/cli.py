@@ -1,0 +1,214 @@
+"""The command `deepseek-lsp` and its verbs: serve (the default), complete, doctor, download.
+
+Owns: arguments, what a terminal shows, exit statuses. The verbs do nothing that the server does not do the same way.
+"""
+
+import asyncio
+import importlib
+import logging
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from lsprotocol import types
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lsp_server import ask
+from lsp_server.connection import VERSION
+from lsp_server.host import Host
+from lsp_server.server import create_server
+from lsp_server.session import Document, Encoding
+from lsp_server.settings import Settings, merge, user_file, user_settings
+from model_host.errors import EngineError
+from model_host.generation import Facts
+
+app = typer.Typer(
+    help="A private, local pair programmer for any editor, running DeepSeek-V2. Without a verb it serves: editors start it so.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+LANGUAGES = {
+    ".c": "c", ".cpp": "cpp", ".cs": "csharp", ".go": "go", ".java": "java", ".js": "javascript", ".jsx": "javascriptreact",
+    ".lua": "lua", ".php": "php", ".py": "python", ".rb": "ruby", ".rs": "rust", ".sh": "shellscript", ".toml": "toml",
+    ".ts": "typescript", ".tsx": "typescriptreact", ".yaml": "yaml", ".yml": "yaml",
+}  # fmt: skip
+STDIO = typer.Option("--stdio", help="Accepted for editors that pass it: stdin and stdout are the only way to talk.")
+LINES_AROUND = 6
+
+
+def say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deepseek-lsp {VERSION}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def default(
+    context: typer.Context,
+    stdio: Annotated[bool, STDIO] = False,
+    version: Annotated[bool, typer.Option("--version", help="Say the version and stop.", callback=say_version, is_eager=True)] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        serve()
+
+
+@app.command("serve")
+def serve(stdio: Annotated[bool, STDIO] = False) -> None:
+    """Speak LSP on stdin and stdout, until the editor goes away."""
+    # fd 1 is kept for the protocol alone: whatever else writes to stdout, in any library, lands on stderr
+    wire = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    logging.basicConfig(level=os.environ.get("DEEPSEEK_LSP_LOG", "WARNING").upper(), stream=sys.stderr)
+    logging.getLogger("pygls").setLevel(logging.WARNING)  # below, pygls logs whole messages, and with them the user's text
+    layers, problems = user_settings()
+    server = create_server(layers, problems, Host())
+    try:
+        server.start_io(sys.stdin.buffer, wire)
+    finally:
+        server.host.close()
+
+
+def parse_place(place: str) -> tuple[Path, int, int | None]:
+    """FILE:LINE[:COL], both counted from 1."""
+    file, *numbers = place.rsplit(":", 2)
+    if len(numbers) == 2 and not numbers[0].isdigit():  # a colon within the file's name
+        file, numbers = f"{file}:{numbers[0]}", numbers[1:]
+    if not numbers or not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise typer.BadParameter(f"{place!r} names no line: write FILE:LINE or FILE:LINE:COL, counted from 1.")
+    return Path(file), int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None
+
+
+@app.command("complete")
+def complete(
+    place: Annotated[str, typer.Argument(metavar="FILE:LINE[:COL]", help="Where to complete, counted from 1; the line's end without COL.")],
+    type_: Annotated[str, typer.Option("--type", help="Then type this on, and show what that costs.")] = "",
+    model: Annotated[str, typer.Option("--model", help="Another model than the settings': 'starter', a folder or a hub name.")] = "",
+) -> None:
+    """Complete a file at a place, and show what it cost. The file is not changed."""
+    file, line, column = parse_place(place)
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error}") from error
+    settings, problems = merge(user_settings()[0])
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if model:
+        settings = settings.model_copy(update={"model": model})
+    ok = asyncio.run(complete_and_show(file, text, line, column, type_, settings))
+    raise typer.Exit(0 if ok else 1)
+
+
+async def complete_and_show(file: Path, text: str, line: int, column: int | None, typed: str, settings: Settings) -> bool:
+    """Prints the completion at a place, and the one after `typed`; says whether there was one."""
+    console = Console(highlight=False, soft_wrap=True)
+    host = Host()
+    await host.start(settings, lambda what, share: None)
+    if host.engine is None:
+        typer.echo(host.message, err=True)
+        return False
+    try:
+        language = LANGUAGES.get(file.suffix, "plaintext")
+        document = Document(types.TextDocumentItem(file.resolve().as_uri(), language, 0, text), Encoding.Utf32)
+        at = types.Position(line - 1, 10**9 if column is None else column - 1)
+        answer = await ask.complete(host, document, at, str(file), settings.inline)
+        show(console, document, at, answer)
+        show_load(console, host.engine.facts)
+        show_cost(console, answer)
+        if typed:
+            before = document.snapshot(at)
+            here = before.range(before.column, before.column)
+            document.change(types.TextDocumentContentChangePartial(range=here, text=typed))
+            at = types.Position(line - 1, before.column + len(typed))
+            again = await ask.complete(host, document, at, str(file), settings.inline)
+            console.print(Text(f"\ntyped {typed!r}", style="bold"))
+            show(console, document, at, again, around=0)
+            show_cost(console, again)
+        return bool(answer.text)
+    finally:
+        host.close()
+
+
+def show(console: Console, document: Document, at: types.Position, answer: ask.Answer, around: int = LINES_AROUND) -> None:
+    """The lines around the hole; those with the completion are marked in the margin, and its text is green."""
+    if answer.range is None:
+        console.print(Text(f"Nothing to show: {answer.reason}", style="yellow"))
+        return
+    cursor = document.snapshot(at)
+    replaced = answer.range.end.character - answer.range.start.character
+    whole = Text(cursor.before) + Text(answer.text, style="bold green") + Text(cursor.lines[at.line][cursor.column + replaced :])
+    whole.rstrip()
+    new_lines = whole.split("\n", allow_blank=True)
+    first, last = max(at.line - around, 0), min(at.line + around, len(cursor.lines) - 1)
+    rows = [(" ", Text(text.rstrip("\r\n"))) for text in cursor.lines[first : at.line]]
+    rows += [("▌", row) for row in new_lines]
+    rows += [(" ", Text(text.rstrip("\r\n"))) for text in cursor.lines[at.line + 1 : last + 1]]
+    for number, (mark, row) in enumerate(rows, start=first + 1):
+        console.print(Text(f"{number:5} ", style="dim") + Text(f"{mark} ", style="green") + row)
+
+
+def show_load(console: Console, facts: Facts) -> None:
+    name = "starter" if Path(facts.checkpoint).parent.name == "starter" else facts.checkpoint
+    console.print(f"\nmodel    {name}: {facts.parameters / 1e6:,.1f} M parameters, {facts.dtype} on {facts.device}, loaded in {facts.load_s:.2f} s")
+
+
+def show_cost(console: Console, answer: ask.Answer) -> None:
+    if cost := answer.cost:
+        console.print(
+            f"cost     first token after {1000 * cost.first_token_s:.0f} ms, then {cost.tokens_per_s:.0f} tokens/s;"
+            f" {cost.computed_tokens} tokens of the prompt computed, {cost.cached_tokens} reused, {cost.new_tokens} new"
+        )
+
+
+@app.command("download")
+def download(name: Annotated[str, typer.Argument(metavar="ORGANISATION/MODEL")]) -> None:
+    """Fetch a checkpoint from the hub: the only verb that uses the network."""
+    try:
+        folder = importlib.import_module("model_host.checkpoints").locate(name, download=True)
+    except EngineError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{name} lies in {folder}. To use it, put this line into {user_file()}:\nmodel = {name!r}")
+
+
+@app.command("doctor")
+def doctor() -> None:
+    """Say what is installed, what would be loaded, what is wrong and what to do."""
+    console = Console(highlight=False, soft_wrap=True)
+    layers, problems = user_settings()
+    settings, wrong = merge(layers)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("deepseek-lsp", VERSION)
+    table.add_row("python", sys.version.split()[0])
+    for package in ("torch", "transformers", "tokenizers", "pygls", "lsprotocol"):
+        table.add_row(package, installed(package))
+    problems = [*problems, *wrong]
+    report = importlib.import_module("model_host.checkpoints").inspect(settings.model, settings.device, settings.dtype)
+    table.add_row("settings", f"{user_file()}{'' if user_file().exists() else ' (not there: defaults)'}")
+    for name, fact in report.facts.items():
+        table.add_row(name, fact)
+    console.print(table)
+    for problem in [*problems, *report.problems]:
+        console.print(Text(f"✗ {problem}", style="red"))
+    if problems or report.problems:
+        raise typer.Exit(1)
+    console.print(Text("✓ nothing is wrong", style="green"))
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing: install deepseek-lsp again"
+
+
+def main() -> None:
+    app(prog_name="deepseek-lsp")

@@ -1,0 +1,149 @@
+"""One connection to an editor: what its features share, and how a message in an unusual shape is still understood.
+
+Owns: the session, the settings, the host, who may answer (`take_turn`), and what the user is told. Knows no feature.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from importlib.metadata import version
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from cattrs import Converter
+from lsprotocol import types
+from pygls.exceptions import JsonRpcException
+from pygls.lsp.server import LanguageServer
+from pygls.protocol import LanguageServerProtocol, default_converter
+from pygls.workspace import Workspace
+
+from lsp_server.ask import Answer
+from lsp_server.host import Host
+from lsp_server.session import Session
+from lsp_server.settings import SECTION, Layer, Settings, merge, workspace_layer
+
+log = logging.getLogger(__name__)
+"""Never above DEBUG with anything of the user's text in it."""
+
+VERSION = version("deepseek-lsp")
+ACCEPTED = "deepseek-lsp.accepted"
+"""The command that reports an accepted suggestion."""
+
+
+def converter() -> Converter:
+    """pygls's converter, lenient where older clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0."""
+    lenient: Converter = default_converter()
+    kind = types.InlineCompletionTriggerKind
+    lenient.register_structure_hook(kind, lambda value, _: kind(value) if value in (1, 2) else kind.Invoked)
+    return lenient
+
+
+class NoDocuments(Workspace):
+    """pygls's workspace without its documents: ours are in `Session`, and two copies would be one too many (and pygls's one
+    breaks lines at form feeds, which LSP does not)."""
+
+    def put_text_document(self, text_document: types.TextDocumentItem, notebook_uri: str | None = None) -> None: ...
+
+    def update_text_document(
+        self, text_doc: types.VersionedTextDocumentIdentifier, change: types.TextDocumentContentChangeEvent
+    ) -> None: ...
+
+    def remove_text_document(self, doc_uri: str) -> None: ...
+
+
+class Protocol(LanguageServerProtocol):
+    @property
+    def workspace(self) -> NoDocuments:
+        given = super().workspace
+        if not isinstance(given, NoDocuments):
+            given = NoDocuments(given.root_uri, None, list(given.folders.values()), given.position_encoding)
+            self._workspace = given
+        return given
+
+
+class Connection(LanguageServer):
+    """The pygls server of one connection."""
+
+    protocol: Protocol
+
+    def __init__(self, layers: list[Layer], problems: list[str], host: Host) -> None:
+        super().__init__("deepseek-lsp", VERSION, protocol_cls=Protocol, converter_factory=converter)
+        self.session = Session()
+        self.host = host
+        self.user_layers = layers
+        self.client_layers: dict[str, Layer] = {}
+        self.problems = problems
+        self.settings = Settings()
+        self.last: Answer = Answer(reason="Nothing was asked for yet.")
+        self.asked = self.shown = self.accepted = 0
+        self._turns: dict[str, asyncio.Task[Answer]] = {}
+        self.apply_settings([])
+
+    def apply_settings(self, problems: list[str]) -> None:
+        """Merges all layers anew; tells the user of every value that was left out."""
+        self.settings, wrong = merge([*self.user_layers, *self.client_layers.values()])
+        for problem in [*problems, *wrong]:
+            if problem not in self.problems:
+                self.problems.append(problem)
+
+    def shown_path(self, uri: str) -> str:
+        """The document's path below its workspace folder, or its name."""
+        path = PurePosixPath(unquote(urlsplit(uri).path))
+        for folder in self.workspace.folders.values():
+            root = PurePosixPath(unquote(urlsplit(folder.uri).path))
+            if path.is_relative_to(root):
+                return str(path.relative_to(root))
+        return path.name
+
+    def tell(self, message: str, kind: types.MessageType = types.MessageType.Log) -> None:
+        """Into the client's log, and for warnings and errors on the user's screen too."""
+        log.log(logging.DEBUG if kind is types.MessageType.Log else logging.WARNING, message)
+        if kind in (types.MessageType.Warning, types.MessageType.Error):
+            self.window_show_message(types.ShowMessageParams(type=kind, message=message))
+        else:
+            self.window_log_message(types.LogMessageParams(type=kind, message=message))
+
+    async def take_turn(self, name: str, work: Awaitable[Answer]) -> Answer | None:
+        """Runs `work` as the only one of its name: an older one still running is cancelled, and its caller gets None."""
+        older = self._turns.get(name)
+        if older is not None:
+            older.cancel()
+        turn = asyncio.ensure_future(work)
+        assert isinstance(turn, asyncio.Task)
+        self._turns[name] = turn
+        try:
+            return await asyncio.shield(turn)
+        except asyncio.CancelledError:
+            if turn.cancelled() or turn.cancelling():
+                return None
+            turn.cancel()
+            raise
+        finally:
+            if self._turns.get(name) is turn:
+                del self._turns[name]
+
+    def explain(self, answer: Answer) -> None:
+        """Keeps why nothing is shown, for the status request and the log."""
+        self.asked += 1
+        self.shown += bool(answer.text)
+        if answer.reason and answer.reason != self.last.reason:
+            self.tell(f"Nothing shown: {answer.reason}")
+        self.last = answer
+
+    async def read_configuration(self, pushed: Any) -> None:
+        """Takes the client's settings: asked for where it can be asked, else those it `pushed`."""
+        workspace = self.client_capabilities.workspace
+        values = pushed
+        if workspace and workspace.configuration:
+            asked = types.ConfigurationParams(items=[types.ConfigurationItem(section=SECTION)])
+            try:
+                values = next(iter(await self.workspace_configuration_async(asked)), None)
+            except JsonRpcException as error:
+                log.warning("workspace/configuration was refused: %s", error)
+        known = len(self.problems)
+        layer, problems = workspace_layer(values)
+        self.client_layers["workspace"] = layer
+        self.apply_settings(problems)
+        for problem in self.problems[known:]:
+            self.tell(problem, types.MessageType.Warning)

@@ -1,0 +1,19 @@
+"""Open, change, close: keeps the session's documents what the editor's are."""
+
+from lsprotocol import types
+
+from lsp_server.connection import Connection
+
+
+def register(server: Connection) -> None:
+    @server.feature(types.TEXT_DOCUMENT_DID_OPEN)
+    async def opened(params: types.DidOpenTextDocumentParams) -> None:
+        server.session.open(params.text_document)
+
+    @server.feature(types.TEXT_DOCUMENT_DID_CHANGE)
+    async def changed(params: types.DidChangeTextDocumentParams) -> None:
+        server.session.change(params)
+
+    @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)
+    async def closed(params: types.DidCloseTextDocumentParams) -> None:
+        server.session.close(params.text_document.uri)

@@ -1,0 +1,24 @@
+"""Ghost text: textDocument/inlineCompletion."""
+
+from lsprotocol import types
+
+from lsp_server import ask
+from lsp_server.connection import ACCEPTED, Connection
+
+
+def register(server: Connection) -> None:
+    @server.feature(types.TEXT_DOCUMENT_INLINE_COMPLETION, types.InlineCompletionOptions())
+    async def inline_completion(params: types.InlineCompletionParams) -> types.InlineCompletionList | None:
+        uri = params.text_document.uri
+        work = ask.complete(
+            server.host, server.session.find(uri), params.position, server.shown_path(uri), server.settings.inline
+        )
+        answer = await server.take_turn(f"inline {uri}", work)
+        if answer is None:
+            return None
+        server.explain(answer)
+        if not answer.text:
+            return None
+        command = types.Command(title="Report that a suggestion was accepted", command=ACCEPTED, arguments=[len(answer.text)])
+        item = types.InlineCompletionItem(insert_text=answer.text, range=answer.range, command=command)
+        return types.InlineCompletionList(items=[item])

@@ -1,0 +1,65 @@
+"""From initialize to shutdown: answers at once, then reads the configuration and loads the model in the background."""
+
+import asyncio
+import uuid
+
+from lsprotocol import types
+
+from lsp_server.connection import Connection
+from lsp_server.session import Encoding
+from lsp_server.settings import table_layer
+
+
+def register(server: Connection) -> None:
+    @server.feature(types.INITIALIZE)
+    async def initialize(params: types.InitializeParams) -> None:
+        server.session.encoding = Encoding(server.workspace.position_encoding)
+        layer, problems = table_layer("the editor's initializationOptions", params.initialization_options)
+        server.client_layers["initialize"] = layer
+        server.apply_settings(problems)
+
+    @server.feature(types.INITIALIZED)
+    async def initialized(params: types.InitializedParams) -> None:
+        for problem in server.problems:
+            server.tell(problem, types.MessageType.Warning)
+        await watch_configuration(server)
+        await server.read_configuration(None)
+        if server.host.engine is None:
+            await load(server)
+
+    @server.feature(types.SHUTDOWN)
+    async def shutdown(params: None) -> None:
+        await asyncio.to_thread(server.host.close)
+
+
+async def watch_configuration(server: Connection) -> None:
+    """Asks a client that wants to be asked to say when its configuration changes."""
+    workspace = server.client_capabilities.workspace
+    watched = workspace.did_change_configuration if workspace else None
+    if watched and watched.dynamic_registration:
+        registration = types.Registration(id=str(uuid.uuid4()), method=types.WORKSPACE_DID_CHANGE_CONFIGURATION)
+        await server.client_register_capability_async(types.RegistrationParams([registration]))
+
+
+async def load(server: Connection) -> None:
+    """Loads the model, with a progress bar in clients that show one, and says how it went."""
+    window = server.client_capabilities.window
+    token = str(uuid.uuid4()) if window and window.work_done_progress else None
+    progress = server.work_done_progress
+    if token:
+        await progress.create_async(token)
+        progress.begin(token, types.WorkDoneProgressBegin(title=f"Loading {server.settings.model}", percentage=0))
+    last_percent = -1
+
+    def report(what: str, share: float) -> None:
+        nonlocal last_percent
+        percent = int(100 * share)
+        if token and percent != last_percent:
+            last_percent = percent
+            progress.report(token, types.WorkDoneProgressReport(message=what, percentage=percent))
+
+    await server.host.start(server.settings, report)
+    if token:
+        progress.end(token, types.WorkDoneProgressEnd(message=server.host.message))
+    failed = server.host.state == "failed"
+    server.tell(server.host.message, types.MessageType.Error if failed else types.MessageType.Info)

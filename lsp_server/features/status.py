@@ -1,0 +1,21 @@
+"""deepseek-lsp/status: what the server runs, and why the last request showed nothing."""
+
+from dataclasses import asdict
+from typing import Any
+
+from lsp_server.connection import Connection
+
+
+def register(server: Connection) -> None:
+    @server.feature("deepseek-lsp/status")
+    async def status(params: object) -> dict[str, Any]:
+        engine, last = server.host.engine, server.last
+        return {
+            "state": server.host.state if server.settings.inline.enabled else "disabled",
+            "message": server.host.message,
+            "model": asdict(engine.facts) if engine else None,
+            "settings": server.settings.model_dump(),
+            "problems": server.problems,
+            "requests": {"asked": server.asked, "shown": server.shown, "accepted": server.accepted},
+            "last": {"shown": bool(last.text), "reason": last.reason, "cost": asdict(last.cost) if last.cost else None},
+        }

@@ -1,0 +1,16 @@
+"""Builds the language server: `create_server` wires one connection and its features. No global state."""
+
+from lsp_server.connection import Connection
+from lsp_server.features import acceptance, completion, configuration, documents, inline_completion, lifecycle, status
+from lsp_server.host import Host
+from lsp_server.settings import Layer
+
+FEATURES = (lifecycle, documents, configuration, inline_completion, completion, acceptance, status)
+
+
+def create_server(layers: list[Layer], problems: list[str], host: Host) -> Connection:
+    """A server for one connection. `layers` are the user's settings, `problems` what was wrong in them already."""
+    server = Connection(layers, problems, host)
+    for feature in FEATURES:
+        feature.register(server)
+    return server

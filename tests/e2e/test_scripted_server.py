@@ -1,0 +1,150 @@
+"""The real process over stdio, with an engine whose words are known exactly."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+import pytest_lsp
+from lsprotocol import types
+from pygls.exceptions import JsonRpcException
+from pytest_lsp import ClientServerConfig, LanguageClient
+
+from tests.editor import URI, Editor, make_client
+
+
+def scripted(pieces: list[str | None]) -> ClientServerConfig:
+    script = json.dumps({"pieces": pieces})
+    return ClientServerConfig(server_command=[sys.executable, "-m", "tests.scripted", script], client_factory=make_client)
+
+
+@pytest_lsp.fixture(config=scripted(["return self", ".name\n", "    # deeper\n", "x = 1\n"]))
+async def speaking(lsp_client: LanguageClient):
+    yield Editor(lsp_client)
+    await lsp_client.shutdown_session()
+
+
+@pytest_lsp.fixture(config=scripted(["ret", None]))
+async def thinking(lsp_client: LanguageClient):
+    yield Editor(lsp_client)
+    await lsp_client.shutdown_session()
+
+
+async def test_inline_completion_is_advertised_with_options_and_sync_is_incremental(speaking: Editor):
+    result = await speaking.start()
+    assert result.capabilities.inline_completion_provider == types.InlineCompletionOptions()
+    sync = result.capabilities.text_document_sync
+    assert isinstance(sync, types.TextDocumentSyncOptions) and sync.change is types.TextDocumentSyncKind.Incremental
+    assert "deepseek-lsp.accepted" in result.capabilities.execute_command_provider.commands
+
+
+async def test_ghost_text_has_a_range_on_the_cursors_line_and_a_command_that_counts(speaking: Editor):
+    await speaking.start()
+    speaking.open("class A:\n    def f(self):\n        ")
+    item = await speaking.ghost(2, 8)
+    assert item.insert_text == "return self.name"
+    assert item.range == types.Range(types.Position(2, 8), types.Position(2, 8))
+    await speaking.client.workspace_execute_command_async(types.ExecuteCommandParams(item.command.command, item.command.arguments))
+    assert (await speaking.status())["requests"] == {"asked": 1, "shown": 1, "accepted": 1}
+
+
+@pytest.mark.parametrize(("encoding", "character"), [("utf-8", 22), ("utf-16", 18), ("utf-32", 16)])
+async def test_positions_count_in_the_negotiated_encoding(speaking: Editor, encoding: str, character: int):
+    result = await speaking.start(encodings=[encoding])
+    assert result.capabilities.position_encoding == encoding
+    speaking.open('x = ("🙂", "🙂", )\n')
+    item = await speaking.ghost(0, character)
+    assert item.range.start == types.Position(0, character)
+    assert item.range.end == types.Position(0, character)
+
+
+async def test_closing_characters_the_completion_brings_itself_are_replaced(speaking: Editor):
+    await speaking.start()
+    speaking.open("print(self.name)\n")
+    item = await speaking.ghost(0, 6)
+    assert item is None or item.range.start.line == item.range.end.line == 0
+
+
+async def test_line_endings_of_the_document_are_kept(speaking: Editor):
+    await speaking.start()
+    speaking.open("class A:\r\n    def f(self):\r\n")
+    item = await speaking.ghost(2, 0)
+    assert item.insert_text.startswith("return self.name\r\n") and "\n" not in item.insert_text.replace("\r\n", "")
+
+
+async def test_completion_offers_the_same_text_over_the_word_being_typed(speaking: Editor):
+    await speaking.start()
+    speaking.open("class A:\n    def f(self):\n        foo")
+    (item,) = await speaking.menu(2, 11)
+    assert item.text_edit.new_text == "fooreturn self.name"
+    assert item.text_edit.range.start == types.Position(2, 8)
+    assert item.filter_text == "foo"
+
+
+async def test_a_newer_request_cancels_the_older_which_is_answered_null(thinking: Editor):
+    await thinking.start()
+    thinking.open("x = \n")
+    older = asyncio.ensure_future(thinking.ghost(0, 4))
+    while (await thinking.status())["requests"]["asked"] == 0 and not older.done():
+        thinking.type(0, 4, "1")
+        newer = asyncio.ensure_future(thinking.ghost(0, 5))
+        async with asyncio.timeout(5):
+            assert await older is None
+        break
+    newer.cancel()
+
+
+async def test_a_request_the_client_cancels_ends_with_request_cancelled(thinking: Editor):
+    await thinking.start()
+    thinking.open("x = \n")
+    params = types.InlineCompletionParams(
+        text_document=types.TextDocumentIdentifier(URI),
+        position=types.Position(0, 4),
+        context=types.InlineCompletionContext(types.InlineCompletionTriggerKind.Automatic),
+    )
+    answer = thinking.client.protocol.send_request("textDocument/inlineCompletion", params, msg_id="one")
+    await thinking.status()
+    thinking.client.cancel_request(types.CancelParams(id="one"))
+    with pytest.raises(JsonRpcException) as error:
+        await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+    assert error.value.code == types.LSPErrorCodes.RequestCancelled
+
+
+async def test_a_deadline_shows_what_came_until_then(thinking: Editor):
+    await thinking.start({"inline": {"deadline_s": 0.2}})
+    thinking.open("x = \n")
+    item = await thinking.ghost(0, 4)
+    assert item.insert_text == "ret"
+
+
+async def test_a_request_with_a_trigger_kind_of_an_old_draft_still_gets_an_answer(speaking: Editor):
+    await speaking.start()
+    speaking.open("def f():\n    ")
+    params = {"textDocument": {"uri": URI}, "position": {"line": 1, "character": 4}, "context": {"triggerKind": 0}}
+    answer = await asyncio.wait_for(speaking.client.protocol.send_request_async("textDocument/inlineCompletion", params), 5)
+    assert answer is not None
+
+
+async def test_a_bad_setting_is_reported_by_name_and_the_rest_applies(speaking: Editor):
+    speaking.client.set_configuration({"deepseek-lsp": {"inline": {"max_lines": "many", "max_new_tokens": 7}, "model": "/evil"}})
+    await speaking.start({"inline": {"deadline_s": 3}, "nonsense": 1})
+    while len(speaking.client.messages) < 3:
+        await speaking.client.wait_for_notification("window/showMessage")
+    told = "\n".join(message.message for message in speaking.client.messages)
+    assert "inline.max_lines" in told and "nonsense" in told and "model in the editor's workspace configuration" in told
+    settings = (await speaking.status())["settings"]
+    assert settings["inline"]["max_new_tokens"] == 7 and settings["inline"]["deadline_s"] == 3
+    assert settings["inline"]["max_lines"] == 12 and settings["model"] == "starter"
+
+
+async def test_changed_configuration_is_read_again(speaking: Editor):
+    await speaking.start()
+    speaking.open("def f():\n    ")
+    assert await speaking.ghost(1, 4) is not None
+    speaking.client.set_configuration({"deepseek-lsp": {"inline": {"enabled": False}}})
+    speaking.client.workspace_did_change_configuration(types.DidChangeConfigurationParams(settings=None))
+    async with asyncio.timeout(5):
+        while (await speaking.status())["state"] != "disabled":
+            pass
+    assert await speaking.ghost(1, 4) is None
+    assert "inline.enabled" in (await speaking.status())["last"]["reason"]

@@ -1,0 +1,78 @@
+"""An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
+
+`python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
+cancellation, as a model that thinks forever would.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from lsp_server.host import Host
+from lsp_server.server import create_server
+from lsp_server.settings import user_settings
+from model_host.generation import Cost, Facts, Finish, Generation, Request
+
+FACTS = Facts(
+    checkpoint="scripted", device="cpu", dtype="float32", parameters=0, weight_bytes=0, context_tokens=16_384, has_fim=True, load_s=0.0
+)
+
+
+class ScriptedEngine:
+    def __init__(self, pieces: Sequence[str | None], step_s: float = 0.0, facts: Facts = FACTS) -> None:
+        self.facts = facts
+        self.requests: list[Request] = []
+        self.generations: list[Generation] = []
+        self._pieces, self._step_s = pieces, step_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(self, request: Request) -> Generation:
+        generation = Generation()
+        self.requests.append(request)
+        self.generations.append(generation)
+        task = asyncio.ensure_future(self._speak(generation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return generation
+
+    async def _speak(self, generation: Generation) -> None:
+        started, said = time.monotonic(), 0
+        for piece in self._pieces:
+            await asyncio.sleep(self._step_s)
+            while piece is None and not generation.is_cancelled:
+                await asyncio.sleep(0.001)
+            if generation.is_cancelled or piece is None:
+                break
+            generation.feed(piece)
+            said += 1
+        generation.feed(
+            Cost(
+                finish=Finish.CANCELLED if generation.is_cancelled else Finish.END,
+                cached_tokens=0,
+                computed_tokens=1,
+                new_tokens=said,
+                queued_s=0.0,
+                first_token_s=0.001,
+                decode_s=time.monotonic() - started,
+            )
+        )
+
+    def close(self) -> None:
+        for generation in self.generations:
+            generation.cancel()
+
+
+def main() -> None:
+    script = json.loads(sys.argv[1])
+    engine = ScriptedEngine(**script)
+    wire = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    server = create_server(*user_settings(), Host(engine=engine, state="ready", message="scripted"))
+    server.start_io(sys.stdin.buffer, wire)
+
+
+if __name__ == "__main__":
+    main()
