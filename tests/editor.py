@@ -1,6 +1,8 @@
 """What an editor does, in a few words: opens, types, asks. Around pytest-lsp's client."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from lsprotocol import types
@@ -24,6 +26,28 @@ def capabilities(encodings: list[str] | None = None, progress: bool = True) -> t
     found.general = types.GeneralClientCapabilities(position_encodings=encodings)
     found.window.work_done_progress = progress
     return found
+
+
+@asynccontextmanager
+async def editor(*command: str, env: dict[str, str] | None = None) -> AsyncIterator["Editor"]:
+    """A client on a fresh server process, which is shut down as an editor does it, or killed when it does not go."""
+    client = make_client()
+    await client.start_io(*command, env=env)
+    try:
+        yield Editor(client)
+        async with asyncio.timeout(20):
+            await client.shutdown_session()
+    finally:
+        process = client._server
+        if process is not None and process.returncode is None:
+            process.kill()
+
+
+def plain(value: Any) -> Any:
+    """pygls's objects of unknown results as dicts and lists."""
+    if hasattr(value, "_asdict"):
+        return {name: plain(part) for name, part in value._asdict().items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 class Editor:
@@ -70,7 +94,7 @@ class Editor:
         return list(found.items) if isinstance(found, types.CompletionList) else list(found or [])
 
     async def status(self) -> Any:
-        return await self.client.protocol.send_request_async("deepseek-lsp/status", {})
+        return plain(await self.client.protocol.send_request_async("deepseek-lsp/status", None))
 
     async def until_ready(self, limit_s: float = 60.0) -> Any:
         """Waits for the model: its progress has an end, whatever the state is then."""

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 
 from lsprotocol import types
+from pygls.exceptions import JsonRpcException
 
 from lsp_server.connection import Connection
 from lsp_server.session import Encoding
@@ -38,7 +39,10 @@ async def watch_configuration(server: Connection) -> None:
     watched = workspace.did_change_configuration if workspace else None
     if watched and watched.dynamic_registration:
         registration = types.Registration(id=str(uuid.uuid4()), method=types.WORKSPACE_DID_CHANGE_CONFIGURATION)
-        await server.client_register_capability_async(types.RegistrationParams([registration]))
+        try:
+            await server.client_register_capability_async(types.RegistrationParams([registration]))
+        except JsonRpcException as error:
+            server.tell(f"Changes of the configuration will not be noticed: the client refused to register ({error}).")
 
 
 async def load(server: Connection) -> None:

@@ -8,7 +8,7 @@ from lsp_server.connection import Connection
 
 def register(server: Connection) -> None:
     @server.feature("deepseek-lsp/status")
-    async def status(params: object) -> dict[str, Any]:
+    async def status(params: None) -> dict[str, Any]:
         engine, last = server.host.engine, server.last
         return {
             "state": server.host.state if server.settings.inline.enabled else "disabled",
