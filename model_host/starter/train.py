@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_host.config import ModelConfig
 from model_host.models.deepseek_v2 import MoE, Model
@@ -32,6 +33,8 @@ from model_host.starter.examples import ExampleSource
 BALANCE_WEIGHT = 0.003
 """Expert-level balance loss, alpha_1 of DeepSeek-V2 section 2.2.3."""
 SHARD_BYTES = 15_000_000
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Best first; flash attention wants values as wide as keys, which ours are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ def training_loss(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(mlp, MoE):
             weights, chosen = mlp.gate(h)
             affinities = mlp.gate.affinities(h).mean((0, 1))  # [E]
-            load = torch.zeros_like(affinities).scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=torch.float32))
+            load = (chosen.unsqueeze(-1) == torch.arange(len(affinities), device=ids.device)).sum((0, 1, 2))  # [E]
             balance = balance + (affinities * load).sum() * len(load) / chosen.numel()
             x = x + mlp.experts.every(h, weights, chosen) + mlp.shared_experts(h)
         else:
@@ -180,6 +183,7 @@ class Run:
     folder: Path
     device: torch.device
 
+    @sdpa_kernel(ATTENTION, set_priority=True)
     def train(self, source: ExampleSource, held_out: Tensor, minutes: float, workers: int) -> bool:
         """Trains on from the saved state until done or `minutes` are over; saves; says whether the plan is finished."""
         started = time.monotonic()
@@ -188,6 +192,7 @@ class Run:
         initialise(model, self.plan.seed)
         masters = {n: p.detach().to(self.device, torch.float32, copy=True) for n, p in model.named_parameters()}
         model = model.to(self.device, dtype)
+        model.rotation(torch.arange(1, device=self.device))  # or the second step would be compiled again
         optimiser = Optimiser(masters, self.plan.weight_decay)
         step = self._load(optimiser)
         loss_of: Callable[[Model, Tensor], tuple[Tensor, Tensor]] = training_loss
@@ -196,11 +201,12 @@ class Run:
         losses: list[Tensor] = []
         rows: list[dict[str, float]] = []
         last_report = time.monotonic()
-        for ids in batches(self.plan, source, step, workers):
+        for batch in batches(self.plan, source, step, workers):
+            ids = (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device, non_blocking=True)
             for name, parameter in model.named_parameters():
                 parameter.data.copy_(masters[name])
             model.zero_grad(set_to_none=True)
-            loss, balance = loss_of(model, ids.to(self.device, non_blocking=True))
+            loss, balance = loss_of(model, ids)
             (loss + BALANCE_WEIGHT * balance).backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
             norm = torch.stack([g.norm() for g in gradients.values()]).norm()

@@ -1,0 +1,114 @@
+"""The model file against the reference implementation, and its two forms of attention against each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM
+
+from model_host.checkpoints import STARTER, load_model
+from model_host.config import ModelConfig
+from model_host.latents import LatentCache
+from model_host.models import deepseek_v2
+from model_host.models.deepseek_v2 import Experts, Model
+
+CPU = torch.device("cpu")
+
+
+def logits_of(model: Model, ids: Tensor, *chunks: int) -> Tensor:
+    """Logits of every position, run in chunks of the given sizes."""
+    cache = LatentCache(model.config, torch.float32, CPU)
+    with torch.inference_mode():
+        return torch.cat([model(part, cache, last=len(part)) for part in ids.split(list(chunks or (len(ids),)))])
+
+
+@pytest.fixture(scope="module")
+def starter() -> Model:
+    return load_model(STARTER, device="cpu", dtype="float32", progress=lambda what, share: None)
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(0, 8000, (200,), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_starter_gives_the_logits_that_transformers_gives(starter: Model, ids: Tensor):
+    reference = AutoModelForCausalLM.from_pretrained(STARTER, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(starter, ids), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_the_family_of_236b_gives_the_logits_that_transformers_gives(tmp_path: Path, ids: Tensor):
+    """Low-rank queries, group-limited routing, scaled experts, YaRN: what the starter itself does not have."""
+    yarn = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = DeepseekV2Config(
+        vocab_size=8192, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        n_routed_experts=16, n_shared_experts=2, num_experts_per_tok=4, topk_method="group_limited_greedy", n_group=4,
+        topk_group=2, routed_scaling_factor=16.0, first_k_dense_replace=1, max_position_embeddings=163_840,
+        rope_parameters=yarn | {"rope_theta": 10_000.0, "beta_fast": 32, "beta_slow": 1}, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = DeepseekV2ForCausalLM(config).eval()
+    for parameter in reference.parameters():
+        parameter.data.normal_(std=0.08)
+    reference.save_pretrained(tmp_path)
+    ours = load_model(tmp_path, device="cpu", dtype="float32", progress=lambda what, share: None)
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(ours, ids), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_attention_over_latents_equals_attention_over_expanded_keys(starter: Model, ids: Tensor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deepseek_v2, "ABSORBED_MAX_TOKENS", 0)
+    expanded = logits_of(starter, ids)
+    monkeypatch.setattr(deepseek_v2, "ABSORBED_MAX_TOKENS", 10_000)
+    torch.testing.assert_close(logits_of(starter, ids), expanded, atol=1e-3, rtol=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(cut=st.lists(st.integers(1, 60), min_size=1, max_size=4))
+def test_a_prompt_in_chunks_gives_what_it_gives_in_one_piece(starter: Model, ids: Tensor, cut: list[int]):
+    rest = len(ids) - sum(cut)
+    chunks = [*cut, rest] if rest > 0 else [len(ids)]
+    torch.testing.assert_close(logits_of(starter, ids, *chunks), logits_of(starter, ids), atol=1e-3, rtol=1e-3)
+
+
+def test_rewinding_the_cache_forgets_what_was_behind(starter: Model, ids: Tensor):
+    cache = LatentCache(starter.config, torch.float32, CPU)
+    with torch.inference_mode():
+        starter(ids[:50], cache)
+        starter(ids[100:150], cache)
+        cache.rewind(50)
+        again = starter(ids[50:80], cache)
+        fresh = starter(ids[:80], LatentCache(starter.config, torch.float32, CPU))
+    torch.testing.assert_close(again, fresh, atol=1e-3, rtol=1e-3)
+
+
+def test_visiting_chosen_experts_equals_computing_all_of_them():
+    config: dict[str, Any] = ModelConfig.read(STARTER).model_dump()
+    experts = Experts(ModelConfig.model_validate(config | {"model_type": "deepseek_v2"}))
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(20, config["hidden_size"])
+    weights, chosen = torch.rand(20, config["n_routed_experts"]).topk(6)
+    torch.testing.assert_close(experts(x, weights, chosen), experts.every(x, weights, chosen), atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_in_one_file_loads_as_one_in_shards(copied: Path, starter: Model):
+    from safetensors.torch import load_file
+
+    whole = {name: tensor for shard in copied.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    for shard in copied.glob("*.safetensors"):
+        shard.unlink()
+    (copied / "model.safetensors.index.json").unlink()
+    save_file(whole, copied / "model.safetensors")
+    one = load_model(copied, device="cpu", dtype="float32", progress=lambda what, share: None)
+    for ours, theirs in zip(one.parameters(), starter.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
