@@ -157,7 +157,9 @@ def show(console: Console, document: Document, at: types.Position, answer: ask.A
 
 def show_load(console: Console, facts: Facts) -> None:
     name = "starter" if Path(facts.checkpoint).parent.name == "starter" else facts.checkpoint
-    console.print(f"\nmodel    {name}: {facts.parameters / 1e6:,.1f} M parameters, {facts.dtype} on {facts.device}, loaded in {facts.load_s:.2f} s")
+    console.print(
+        f"\nmodel    {name}: {facts.parameters / 1e6:,.1f} M parameters, {facts.dtype} on {facts.device}, loaded in {facts.load_s:.2f} s"
+    )
 
 
 def show_cost(console: Console, answer: ask.Answer) -> None:

@@ -39,6 +39,9 @@ def converter() -> Converter:
     return lenient
 
 
+LEVELS = {types.MessageType.Log: logging.DEBUG, types.MessageType.Info: logging.INFO}
+
+
 class NoDocuments(Workspace):
     """pygls's workspace without its documents: ours are in `Session`, and two copies would be one too many (and pygls's one
     breaks lines at form feeds, which LSP does not)."""
@@ -98,7 +101,7 @@ class Connection(LanguageServer):
 
     def tell(self, message: str, kind: types.MessageType = types.MessageType.Log) -> None:
         """Into the client's log, and for warnings and errors on the user's screen too."""
-        log.log(logging.DEBUG if kind is types.MessageType.Log else logging.WARNING, message)
+        log.log(LEVELS.get(kind, logging.WARNING), message)
         if kind in (types.MessageType.Warning, types.MessageType.Error):
             self.window_show_message(types.ShowMessageParams(type=kind, message=message))
         else:

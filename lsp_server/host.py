@@ -22,9 +22,7 @@ def load_local(settings: Settings, progress: Progress) -> Engine:
     checkpoints = importlib.import_module("model_host.checkpoints")
     engine = importlib.import_module("model_host.engine")
     folder = checkpoints.locate(settings.model)
-    loaded: Engine = engine.load_engine(
-        folder, device=settings.device, dtype=settings.dtype, threads=settings.threads, progress=progress
-    )
+    loaded: Engine = engine.load_engine(folder, device=settings.device, dtype=settings.dtype, threads=settings.threads, progress=progress)
     return loaded
 
 
@@ -36,7 +34,7 @@ class Host:
     engine: Engine | None = None
     state: str = "waiting"
     """waiting, loading, ready or failed"""
-    message: str = "The model is loaded when the editor has connected."
+    message: str = "Loading starts when the editor says that it is initialized."
 
     async def start(self, settings: Settings, report: Progress) -> None:
         """Loads the model; `report` is called on the event loop."""

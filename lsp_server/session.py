@@ -80,9 +80,7 @@ class Snapshot:
     def range(self, start_column: int, end_column: int) -> types.Range:
         """A range on the cursor's line, in client units."""
         text = self.lines[self.line]
-        start, end = (
-            types.Position(self.line, units(text[:column], self.encoding)) for column in (start_column, end_column)
-        )
+        start, end = (types.Position(self.line, units(text[:column], self.encoding)) for column in (start_column, end_column))
         return types.Range(start, end)
 
 

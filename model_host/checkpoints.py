@@ -187,7 +187,9 @@ def inspect(name: str, device: str, dtype: str) -> Inspection:
         total = sum(part.bytes for part in shards(folder))
         facts["weights"] = f"{total / 1e6:,.1f} MB on disk, {parameters * kind.itemsize / 1e6:,.1f} MB in memory"
         facts["would load"] = f"{parameters / 1e6:,.1f} M parameters as {str(kind).removeprefix('torch.')} on {where}"
-        facts["context"] = f"{config.max_position_embeddings:,} tokens, {config.latent_dim * config.num_hidden_layers * kind.itemsize:,} bytes each"
+        facts["context"] = (
+            f"{config.max_position_embeddings:,} tokens, {config.latent_dim * config.num_hidden_layers * kind.itemsize:,} bytes each"
+        )
         tokenizer = Tokenizer(folder)
         facts["fill-in-the-middle"] = "yes" if tokenizer.has_fim else "no"
         if not tokenizer.has_fim:

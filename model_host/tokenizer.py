@@ -56,7 +56,9 @@ class Tokenizer:
     def _required(self, token: str | None, role: str) -> int:
         id = self._single_id(token) if token else None
         if id is None:
-            raise CheckpointError(f"The tokenizer names no {role} token: its tokenizer_config.json is missing or damaged, download it again.")
+            raise CheckpointError(
+                f"The tokenizer names no {role} token: its tokenizer_config.json is missing or damaged, download it again."
+            )
         return id
 
     def _single_id(self, token: str) -> int | None:

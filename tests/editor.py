@@ -35,8 +35,9 @@ async def editor(*command: str, env: dict[str, str] | None = None) -> AsyncItera
     await client.start_io(*command, env=env)
     try:
         yield Editor(client)
-        async with asyncio.timeout(20):
-            await client.shutdown_session()
+        if client._server is not None and client._server.returncode is None:
+            async with asyncio.timeout(20):
+                await client.shutdown_session()
     finally:
         process = client._server
         if process is not None and process.returncode is None:
@@ -57,9 +58,7 @@ class Editor:
 
     async def start(self, options: Any = None, encodings: list[str] | None = None) -> types.InitializeResult:
         folder = types.WorkspaceFolder(uri="file:///project", name="project")
-        params = types.InitializeParams(
-            capabilities=capabilities(encodings), workspace_folders=[folder], initialization_options=options
-        )
+        params = types.InitializeParams(capabilities=capabilities(encodings), workspace_folders=[folder], initialization_options=options)
         return await self.client.initialize_session(params)
 
     def open(self, text: str, uri: str = URI, language: str = "python") -> None:

@@ -10,9 +10,7 @@ def register(server: Connection) -> None:
     @server.feature(types.TEXT_DOCUMENT_INLINE_COMPLETION, types.InlineCompletionOptions())
     async def inline_completion(params: types.InlineCompletionParams) -> types.InlineCompletionList | None:
         uri = params.text_document.uri
-        work = ask.complete(
-            server.host, server.session.find(uri), params.position, server.shown_path(uri), server.settings.inline
-        )
+        work = ask.complete(server.host, server.session.find(uri), params.position, server.shown_path(uri), server.settings.inline)
         answer = await server.take_turn(f"inline {uri}", work)
         if answer is None:
             return None

@@ -1,6 +1,5 @@
-"""From initialize to shutdown: answers at once, then reads the configuration and loads the model in the background."""
+"""The beginning of a connection: answers at once, then reads the configuration and loads the model in the background."""
 
-import asyncio
 import uuid
 
 from lsprotocol import types
@@ -27,10 +26,6 @@ def register(server: Connection) -> None:
         await server.read_configuration(None)
         if server.host.engine is None:
             await load(server)
-
-    @server.feature(types.SHUTDOWN)
-    async def shutdown(params: None) -> None:
-        await asyncio.to_thread(server.host.close)
 
 
 async def watch_configuration(server: Connection) -> None:

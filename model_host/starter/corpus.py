@@ -114,9 +114,9 @@ def held_out_lines(files: Iterable[Path]) -> frozenset[str]:
     """Long lines of evaluation prompts: a document with one of them is left out of the corpus."""
     lines: set[str] = set()
     for file in files:
-        for row in gzip.open(file, "rt", encoding="utf-8"):
-            case = json.loads(row)
-            lines.update(line.strip() for line in (case["prompt"] + case["suffix"]).split("\n"))
+        with gzip.open(file, "rt", encoding="utf-8") as rows:
+            for case in map(json.loads, rows):
+                lines.update(line.strip() for line in (case["prompt"] + case["suffix"]).split("\n"))
     return frozenset(line for line in lines if len(line) >= 50)
 
 

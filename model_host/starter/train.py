@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_host.config import ModelConfig
-from model_host.models.deepseek_v2 import MoE, Model
+from model_host.models.deepseek_v2 import Model, MoE
 from model_host.starter.examples import ExampleSource
 
 BALANCE_WEIGHT = 0.003

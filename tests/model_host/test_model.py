@@ -48,8 +48,8 @@ def test_the_family_of_236b_gives_the_logits_that_transformers_gives(tmp_path: P
     """Low-rank queries, group-limited routing, scaled experts, YaRN: what the starter itself does not have."""
     yarn = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
     config = DeepseekV2Config(
-        vocab_size=8192, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        vocab_size=8192, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
         n_routed_experts=16, n_shared_experts=2, num_experts_per_tok=4, topk_method="group_limited_greedy", n_group=4,
         topk_group=2, routed_scaling_factor=16.0, first_k_dense_replace=1, max_position_embeddings=163_840,
         rope_parameters=yarn | {"rope_theta": 10_000.0, "beta_fast": 32, "beta_slow": 1}, bos_token_id=0, eos_token_id=1,
