@@ -28,8 +28,8 @@ def refusal(snapshot: Snapshot, chars: int, max_chars: int) -> str | None:
         return f"{name} looks like a file of secrets, and those are neither read nor completed."
     if chars > max_chars:
         return f"The document has {chars:,} characters, more than inline.max_document_chars = {max_chars:,}."
-    if len(snapshot.lines[snapshot.line]) > MAX_LINE_CHARS:
-        return f"The cursor's line has {len(snapshot.lines[snapshot.line]):,} characters; lines of more than {MAX_LINE_CHARS:,} are not completed."
+    if (length := len(snapshot.lines[snapshot.line])) > MAX_LINE_CHARS:
+        return f"The cursor's line has {length:,} characters; lines of more than {MAX_LINE_CHARS:,} are not completed."
     if "\0" in "".join(snapshot.lines[max(snapshot.line - 50, 0) : snapshot.line + 50]):
         return "The text around the cursor holds NUL bytes: it looks like binary data."
     return None
