@@ -60,7 +60,9 @@ class Protocol(LanguageServerProtocol):
     def workspace(self) -> NoDocuments:
         given = super().workspace
         if not isinstance(given, NoDocuments):
-            given = NoDocuments(given.root_uri, types.TextDocumentSyncKind.Incremental, list(given.folders.values()), given.position_encoding)
+            given = NoDocuments(
+                given.root_uri, types.TextDocumentSyncKind.Incremental, list(given.folders.values()), given.position_encoding
+            )
             self._workspace = given
         return given
 

@@ -125,7 +125,7 @@ class ModelConfig(BaseModel):
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times YaRN's squared temperature where the file asks for it (hub modeling code, `mscale_all_dim`)."""
-        scale = self.qk_head_dim**-0.5
+        scale = float(self.qk_head_dim**-0.5)
         if self.yarn and self.yarn.mscale_all_dim:
             scale *= self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2
         return scale

@@ -8,6 +8,7 @@ and value head dims, E routed experts, K experts per token, I moe_intermediate_s
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(dim=-1).type_as(c_kv) @ c_kv.unsqueeze(-3)  # [..., H, T, R]
-        out = mixed @ w_uv.transpose(-2, -1)  # [..., H, T, V]
+        out: Tensor = mixed @ w_uv.transpose(-2, -1)  # [..., H, T, V]
         return out.transpose(-3, -2).flatten(-2)
 
     def forward(self, x: Tensor, rotation: Tensor, layer: int, cache: LatentCache) -> Tensor:
@@ -121,7 +122,8 @@ class Attention(nn.Module):
         if tokens > 1 and (context > tokens or tokens <= ABSORBED_MAX_TOKENS):
             mask = torch.ones(tokens, context, dtype=torch.bool, device=x.device).tril(context - tokens)
         attend = self.absorbed if tokens <= ABSORBED_MAX_TOKENS else self.expanded
-        return self.o_proj(attend(q_nope, q_pe, c_kv, k_pe, mask))
+        out: Tensor = self.o_proj(attend(q_nope, q_pe, c_kv, k_pe, mask))
+        return out
 
 
 class MLP(nn.Module):
@@ -132,7 +134,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Gate(nn.Module):
@@ -178,7 +181,7 @@ class Experts(nn.Module):
         share = torch.zeros(*x.shape[:-1], len(self.down_proj), dtype=x.dtype, device=x.device)
         share = share.scatter(-1, experts, weights.to(x.dtype))  # [..., E]
         gate, up = self.gate_up_proj.chunk(2, dim=1)  # [E, I, D] each
-        inner = F.silu(x @ gate.flatten(0, 1).T) * (x @ up.flatten(0, 1).T)  # [..., E*I]
+        inner: Tensor = F.silu(x @ gate.flatten(0, 1).T) * (x @ up.flatten(0, 1).T)  # [..., E*I]
         inner = inner.unflatten(-1, (len(gate), -1)) * share.unsqueeze(-1)
         return inner.flatten(-2) @ self.down_proj.transpose(1, 2).flatten(0, 1)
 
@@ -207,6 +210,11 @@ class MoE(nn.Module):
         routed: Tensor = self.experts(x, *self.gate(x))
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
+    def every(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `forward`, with a choice already made and every expert computed."""
+        routed = self.experts.every(x, weights, experts)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -219,7 +227,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, layer: int, cache: LatentCache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, layer, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Model(nn.Module):
@@ -234,6 +243,11 @@ class Model(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.frequencies: Tensor | None = None
 
+    def blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
+
     def rotation(self, positions: Tensor) -> Tensor:
         """Positions [T] -> complex rotations [T, P/2]"""
         if self.frequencies is None or self.frequencies.device != positions.device:
@@ -246,7 +260,8 @@ class Model(nn.Module):
         positions = torch.arange(cache.length, cache.length + len(ids), device=ids.device)
         rotation = self.rotation(positions)
         x = self.embed_tokens(ids)  # [T, D]
-        for layer, block in enumerate(self.layers):
+        for layer, block in enumerate(self.blocks()):
             x = block(x, rotation, layer, cache)
         cache.advance(len(ids))
-        return self.lm_head(self.norm(x[-last:])).float()
+        logits: Tensor = self.lm_head(self.norm(x[-last:]))
+        return logits.float()

@@ -34,8 +34,10 @@ class Sentinels:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Sentinels":
-        bos, eos, begin, hole, end = (tokenizer.token_to_id(t) for t in (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END))
-        return cls(bos=bos, eos=eos, begin=begin, hole=hole, end=end)
+        vocabulary = tokenizer.get_vocab()
+        return cls(
+            bos=vocabulary[BOS], eos=vocabulary[EOS], begin=vocabulary[FIM_BEGIN], hole=vocabulary[FIM_HOLE], end=vocabulary[FIM_END]
+        )
 
 
 def windows(text: str, max_chars: int, chance: random.Random) -> Iterator[str]:

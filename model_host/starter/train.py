@@ -78,7 +78,7 @@ def training_loss(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
     rotation = model.rotation(torch.arange(inputs.shape[1], device=ids.device))
     x = model.embed_tokens(inputs)  # [B, T, D]
     balance = x.new_zeros((), dtype=torch.float32)
-    for block in model.layers:
+    for block in model.blocks():
         attention, mlp = block.self_attn, block.mlp
         h = block.input_layernorm(x)
         x = x + attention.o_proj(attention.expanded(*attention.queries(h, rotation), *attention.latents(h, rotation), None))
@@ -88,7 +88,7 @@ def training_loss(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
             affinities = mlp.gate.affinities(h).mean((0, 1))  # [E]
             load = (chosen.unsqueeze(-1) == torch.arange(len(affinities), device=ids.device)).sum((0, 1, 2))  # [E]
             balance = balance + (affinities * load).sum() * len(load) / chosen.numel()
-            x = x + mlp.experts.every(h, weights, chosen) + mlp.shared_experts(h)
+            x = x + mlp.every(h, weights, chosen)
         else:
             x = x + mlp(h)
     logits = model.lm_head(model.norm(x))
@@ -98,12 +98,12 @@ def training_loss(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Newton-Schulz iteration towards the nearest semi-orthogonal matrices [..., r, c], in bfloat16 (Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.mT
+        gram: Tensor = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.mT
 
@@ -207,7 +207,7 @@ class Run:
                 parameter.data.copy_(masters[name])
             model.zero_grad(set_to_none=True)
             loss, balance = loss_of(model, ids)
-            (loss + BALANCE_WEIGHT * balance).backward()  # type: ignore[no-untyped-call]
+            (loss + BALANCE_WEIGHT * balance).backward()
             gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
             norm = torch.stack([g.norm() for g in gradients.values()]).norm()
             for gradient in gradients.values():
@@ -222,7 +222,7 @@ class Run:
                 with torch.no_grad():
                     checked = torch.stack([training_loss(model, part.to(self.device))[0] for part in held_out.split(4)]).mean()
                 row = {"step": step, "loss": float(torch.stack(losses).mean()), "held_out": float(checked), "tokens_per_s": rate}
-                row["balance"] = float(balance) / sum(isinstance(b.mlp, MoE) for b in model.layers)
+                row["balance"] = float(balance) / sum(isinstance(b.mlp, MoE) for b in model.blocks())
                 rows.append(row)
                 sys.stderr.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
                 losses.clear()
