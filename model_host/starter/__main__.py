@@ -17,7 +17,7 @@ import torch
 from model_host.config import ModelConfig, Yarn
 from model_host.starter import corpus, pairs, vocabulary
 from model_host.starter.corpus import Document
-from model_host.starter.examples import ExampleSource
+from model_host.starter.examples import FIM_RATE, ExampleSource
 from model_host.starter.train import Plan, Run, export
 
 VOCABULARY_SAMPLE_CHARS = 120_000_000
@@ -77,6 +77,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8000, help="length of the whole plan")
     parser.add_argument("--tokens-per-step", type=int, default=131_072)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--long-context", type=int, default=16_384, help="tokens of a sequence, every second of the last steps")
+    parser.add_argument("--start", type=Path, help="begin with this checkpoint instead of random numbers")
+    parser.add_argument("--fim-rate", type=float, default=FIM_RATE, help="share of documents with a hole (default: %(default)s)")
+    parser.add_argument("--answers-only", action="store_true", help="learn from the middles of those alone, as a last stage")
+    parser.add_argument("--run", help="name of the run's state below --work (default: the size)")
+    parser.add_argument("--warmup-steps", type=int, default=200)
+    parser.add_argument("--report-every", type=int, default=100, help="steps between two lines of the log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 2, 1))
     return parser.parse_args()
@@ -95,10 +103,20 @@ def main() -> None:
 
     documents = list(corpus.read(source))
     shown = [d for d in documents if not is_held_out(d)]
-    held_out = ExampleSource([d for d in documents if is_held_out(d)], [], vocabulary.load(tokenizer_file))
-    examples = ExampleSource(shown, pairs.read(pair_file), vocabulary.load(tokenizer_file))
-    plan = Plan(steps=choice.steps, tokens_per_step=choice.tokens_per_step, learning_rate=choice.rate)
-    run = Run(plan=plan, config=config, folder=work / choice.size, device=torch.device(choice.device))
+    held_out = ExampleSource([d for d in documents if is_held_out(d)], [], vocabulary.load(tokenizer_file), choice.fim_rate)
+    examples = ExampleSource(shown, pairs.read(pair_file), vocabulary.load(tokenizer_file), choice.fim_rate)
+    plan = Plan(
+        steps=choice.steps,
+        tokens_per_step=choice.tokens_per_step,
+        learning_rate=choice.rate,
+        context=choice.context,
+        long_context=choice.long_context,
+        warmup_steps=choice.warmup_steps,
+        report_every=choice.report_every,
+        answers_only=choice.answers_only,
+    )
+    folder = work / (choice.run or choice.size)
+    run = Run(plan=plan, config=config, folder=folder, device=torch.device(choice.device), start=choice.start)
     check = torch.from_numpy(held_out.sequences(plan.context, HELD_OUT_SEQUENCES, seed=1).astype("int64"))
     finished = run.train(examples, check, choice.minutes, choice.workers)
     export(config, run.masters(), choice.output, tokenizer_file.parent)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model_host.checkpoints import load_model
 from model_host.config import ModelConfig
 from model_host.models.deepseek_v2 import Model, MoE
 from model_host.starter.examples import ExampleSource
@@ -52,6 +53,9 @@ class Plan:
     decay_share: float = 0.35
     weight_decay: float = 0.05
     seed: int = 0
+    report_every: int = 100
+    answers_only: bool = False
+    """Whether only the middles of fill-in-the-middle examples count, for a last stage."""
 
     def rate(self, step: int) -> float:
         """Warm-up, constant, then linear decay to 2 % (WSD)."""
@@ -72,8 +76,16 @@ def initialise(model: Model, seed: int) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def training_loss(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token loss and balance loss of ids [B, T+1]."""
+def answers(ids: Tensor, opening: int) -> Tensor:
+    """Which targets of ids [B, T+1] lie between `opening` and the end of sequence that follows it, itself included: [B, T]"""
+    eos = opening - 3  # the five special tokens lie in a row: bos, eos, hole, begin, end
+    ended = (ids == eos).cumsum(1)
+    seen = torch.where(ids == opening, ended + 1, 0).cummax(1).values  # 1 + the number of sequences that ended before the opening
+    return (seen == ended + 1)[:, :-1]
+
+
+def training_loss(model: Model, ids: Tensor, answers_only: bool = False) -> tuple[Tensor, Tensor]:
+    """Next-token loss and balance loss of ids [B, T+1]; of the middles of fill-in-the-middle examples only, where so told."""
     inputs, targets = ids[:, :-1], ids[:, 1:]
     rotation = model.rotation(torch.arange(inputs.shape[1], device=ids.device))
     x = model.embed_tokens(inputs)  # [B, T, D]
@@ -88,11 +100,15 @@ def training_loss(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
             affinities = mlp.gate.affinities(h).mean((0, 1))  # [E]
             load = (chosen.unsqueeze(-1) == torch.arange(len(affinities), device=ids.device)).sum((0, 1, 2))  # [E]
             balance = balance + (affinities * load).sum() * len(load) / chosen.numel()
-            x = x + mlp.every(h, weights, chosen)
+            # a CPU computes the chosen experts alone: there arithmetic is dear and dispatch is cheap
+            x = x + (mlp.every(h, weights, chosen) if h.is_cuda else mlp(h.flatten(0, 1)).view_as(h))
         else:
             x = x + mlp(h)
     logits = model.lm_head(model.norm(x))
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), balance
+    if answers_only:
+        kept = answers(ids, model.config.bos_token_id + 4)
+        logits, targets = logits[kept], targets[kept]
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten()), balance
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -182,20 +198,26 @@ class Run:
     config: ModelConfig
     folder: Path
     device: torch.device
+    start: Path | None = None
+    """A checkpoint to begin with, instead of random numbers."""
 
     @sdpa_kernel(ATTENTION, set_priority=True)
     def train(self, source: ExampleSource, held_out: Tensor, minutes: float, workers: int) -> bool:
         """Trains on from the saved state until done or `minutes` are over; saves; says whether the plan is finished."""
         started = time.monotonic()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = Model(self.config)
-        initialise(model, self.plan.seed)
+        if self.start:
+            model = load_model(self.start, device="cpu", dtype="float32", progress=lambda what, share: None).train()
+            model.requires_grad_(True)
+        else:
+            model = Model(self.config)
+            initialise(model, self.plan.seed)
         masters = {n: p.detach().to(self.device, torch.float32, copy=True) for n, p in model.named_parameters()}
         model = model.to(self.device, dtype)
         model.rotation(torch.arange(1, device=self.device))  # or the second step would be compiled again
         optimiser = Optimiser(masters, self.plan.weight_decay)
         step = self._load(optimiser)
-        loss_of: Callable[[Model, Tensor], tuple[Tensor, Tensor]] = training_loss
+        loss_of: Callable[[Model, Tensor, bool], tuple[Tensor, Tensor]] = training_loss
         if self.device.type == "cuda":
             loss_of = torch.compile(training_loss, dynamic=False)
         losses: list[Tensor] = []
@@ -206,7 +228,7 @@ class Run:
             for name, parameter in model.named_parameters():
                 parameter.data.copy_(masters[name])
             model.zero_grad(set_to_none=True)
-            loss, balance = loss_of(model, ids)
+            loss, balance = loss_of(model, ids, self.plan.answers_only)
             (loss + BALANCE_WEIGHT * balance).backward()
             gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
             norm = torch.stack([g.norm() for g in gradients.values()]).norm()
@@ -216,13 +238,14 @@ class Run:
             losses.append(loss.detach())
             step += 1
             out_of_time = time.monotonic() - started > minutes * 60
-            if step % 100 == 0 or step == self.plan.steps or out_of_time:
+            if step % self.plan.report_every == 0 or step == self.plan.steps or out_of_time:
                 now = time.monotonic()
                 rate = len(losses) * self.plan.tokens_per_step / (now - last_report)
                 with torch.no_grad():
-                    checked = torch.stack([training_loss(model, part.to(self.device))[0] for part in held_out.split(4)]).mean()
+                    parts = (part.to(self.device) for part in held_out.split(4))
+                    checked = torch.stack([training_loss(model, part, self.plan.answers_only)[0] for part in parts]).mean()
                 row = {"step": step, "loss": float(torch.stack(losses).mean()), "held_out": float(checked), "tokens_per_s": rate}
-                row["balance"] = float(balance) / sum(isinstance(b.mlp, MoE) for b in model.blocks())
+                row["balance"] = float(balance.detach()) / sum(isinstance(b.mlp, MoE) for b in model.blocks())
                 rows.append(row)
                 sys.stderr.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
                 losses.clear()
