@@ -187,6 +187,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Visits each chosen expert once, with the tokens that chose it. x [T, D], weights and experts [T, K] -> [T, D]"""
+        if len(x) == 1:  # a decode step: without looking for tokens it takes a fifth less time (docs/log.md)
+            halves = (F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1) for expert in experts[0].tolist())
+            inner = torch.cat([F.silu(gate) * up for gate, up in halves]) * weights[0, :, None].to(x.dtype)  # [K, I]
+            return torch.stack([F.linear(h, self.down_proj[e]) for h, e in zip(inner, experts[0].tolist(), strict=True)]).sum(
+                0, keepdim=True
+            )
         out = torch.zeros_like(x)
         for expert in experts.unique().tolist():
             rows, slots = (experts == expert).nonzero(as_tuple=True)
