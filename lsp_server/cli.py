@@ -144,7 +144,7 @@ def show(console: Console, document: Document, at: types.Position, answer: ask.A
         return
     cursor = document.snapshot(at)
     replaced = answer.range.end.character - answer.range.start.character
-    whole = Text(cursor.before) + Text(answer.text, style="bold green") + Text(cursor.lines[at.line][cursor.column + replaced :])
+    whole = Text.assemble(cursor.before, (answer.text, "bold green"), cursor.lines[at.line][cursor.column + replaced :])
     whole.rstrip()
     new_lines = whole.split("\n", allow_blank=True)
     first, last = max(at.line - around, 0), min(at.line + around, len(cursor.lines) - 1)
@@ -152,7 +152,7 @@ def show(console: Console, document: Document, at: types.Position, answer: ask.A
     rows += [("▌", row) for row in new_lines]
     rows += [(" ", Text(text.rstrip("\r\n"))) for text in cursor.lines[at.line + 1 : last + 1]]
     for number, (mark, row) in enumerate(rows, start=first + 1):
-        console.print(Text(f"{number:5} ", style="dim") + Text(f"{mark} ", style="green") + row)
+        console.print(Text.assemble((f"{number:5} ", "dim"), (f"{mark} ", "green"), row))
 
 
 def show_load(console: Console, facts: Facts) -> None:

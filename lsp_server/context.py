@@ -67,16 +67,15 @@ def window_start(lines: Sequence[str], line: int, max_chars: int) -> int:
 
 
 def window_end(lines: Sequence[str], line: int, max_chars: int) -> int:
-    """The line behind the last one shown, at a whole step of the text's length counted from the start of the file."""
+    """The line behind the last one shown; what is hidden is whole steps counted from the file's end, which typing does not move."""
     step = max(max_chars // STEPS, 1)
-    here = sum(map(len, lines[: line + 1]))
-    limit = (here + max_chars) // step * step
-    offset = here
-    for index in range(line + 1, len(lines)):
-        offset += len(lines[index])
-        if offset > limit:
+    excess = sum(map(len, lines[line + 1 :])) - max_chars
+    hidden = -(-excess // step) * step if excess > 0 else 0
+    for index in range(len(lines), line + 1, -1):
+        if hidden <= 0:
             return index
-    return len(lines)
+        hidden -= len(lines[index - 1])
+    return line + 1
 
 
 def with_newlines(lines: Sequence[str]) -> str:

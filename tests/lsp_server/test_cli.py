@@ -1,0 +1,71 @@
+"""The command as a user runs it: real processes, the real starter model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "inventory.py"
+
+
+def run(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lsp_server", *arguments]
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "COLUMNS": "100", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+def test_complete_shows_the_hole_filled_what_it_cost_and_what_one_more_character_costs(tmp_path: Path):
+    before = EXAMPLE.read_bytes()
+    done = run("complete", f"{EXAMPLE}:24", "--type", "s", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "def remove(self, name: str) -> None:\n   24 ▌         " in done.stdout
+    assert "\x1b" not in done.stdout
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("cost")]
+    assert ", 0 reused" in first and "tokens/s" in first and "loaded in" in done.stdout
+    assert "; 1 tokens of the prompt computed" in second
+    assert EXAMPLE.read_bytes() == before
+
+
+def test_complete_colours_on_a_terminal(tmp_path: Path):
+    done = run("complete", f"{EXAMPLE}:24:9", home=tmp_path, FORCE_COLOR="1", TERM="xterm-256color")
+    assert "\x1b[1;32m" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["complete", "nowhere.py:3"], "cannot be read"),
+        (["complete", "README.md"], "names no line"),
+        (["complete", f"{EXAMPLE}:24", "--model", "/no/model"], "give a folder that exists"),
+        (["complete", f"{EXAMPLE}:999"], "outside the document"),
+    ],
+)
+def test_complete_says_what_is_wrong_and_fails(arguments: list[str], said: str, tmp_path: Path):
+    done = run(*arguments, home=tmp_path)
+    assert done.returncode != 0
+    assert said in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+
+
+def test_doctor_says_what_would_be_loaded_and_that_nothing_is_wrong(tmp_path: Path):
+    done = run("doctor", home=tmp_path)
+    assert done.returncode == 0, done.stdout
+    for word in ("torch", "devices", "would load", "M parameters as float32 on cpu", "fill-in-the-middle", "nothing is wrong"):
+        assert word in done.stdout
+
+
+def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path: Path):
+    folder = tmp_path / ".config" / "deepseek-lsp"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('model = "nobody/nothing"\nthread = 3\n')
+    done = run("doctor", home=tmp_path, XDG_CONFIG_HOME=str(tmp_path / ".config"))
+    assert done.returncode == 1
+    assert "deepseek-lsp download nobody/nothing" in done.stdout and "thread in " in done.stdout
+
+
+def test_version_and_help_read_well(tmp_path: Path):
+    assert run("--version", home=tmp_path).stdout.startswith("deepseek-lsp 0.")
+    shown = run("--help", home=tmp_path).stdout
+    for verb in ("serve", "complete", "doctor", "download"):
+        assert verb in shown
