@@ -1,11 +1,15 @@
 """The installed command with the real starter model, over stdio, as an editor runs it."""
 
 import asyncio
+import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from lsprotocol import types
 
+from model_host.checkpoints import STARTER
 from tests.editor import URI, Editor, editor
 
 COMMAND = [sys.executable, "-m", "lsp_server", "--stdio"]
@@ -130,13 +134,56 @@ async def test_a_character_behind_the_end_of_the_line_means_its_end(fresh: Edito
     assert item.range.start == types.Position(6, 8)
 
 
-async def test_no_such_model_is_said_on_the_screen_and_the_server_stays(fresh: Editor):
-    await fresh.start({"model": "/no/such/model"})
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def of_another_family(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+def without_a_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def with_a_truncated_shard(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (shutil.rmtree, "give a folder that exists"),
+        (without_config, "holds no config.json"),
+        (of_another_family, "a model of type 'llama'"),
+        (without_a_shard, "lacks 1 of"),
+        (with_a_truncated_shard, "is truncated or damaged"),
+    ],
+)
+async def test_a_model_that_cannot_be_loaded_is_said_on_the_screen_and_the_server_stays(
+    fresh: Editor, tmp_path: Path, damage: Callable[[Path], None], said: str
+):
+    folder = Path(shutil.copytree(STARTER, tmp_path / "model"))
+    damage(folder)
+    await fresh.start({"model": str(folder)})
     status = await fresh.until_ready()
-    assert status["state"] == "failed" and "give a folder that exists" in status["message"]
-    assert any("give a folder that exists" in message.message for message in fresh.client.messages)
+    assert status["state"] == "failed" and said in status["message"]
+    assert any(said in message.message for message in fresh.client.messages)
     fresh.open(SHOP)
     assert await fresh.ghost(6, 8) is None
+    assert said in (await fresh.status())["last"]["reason"]
+
+
+async def test_a_model_without_fim_tokens_loads_and_says_why_nothing_is_shown(fresh: Editor, tmp_path: Path):
+    folder = Path(shutil.copytree(STARTER, tmp_path / "model"))
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text("utf-8").replace("<｜fim▁", "<｜was▁"), "utf-8")
+    await fresh.start({"model": str(folder)})
+    assert (await fresh.until_ready())["state"] == "ready"
+    fresh.open(SHOP)
+    assert await fresh.ghost(6, 8) is None
+    assert "no fill-in-the-middle tokens" in (await fresh.status())["last"]["reason"]
 
 
 async def test_the_process_ends_when_the_client_goes_away_in_the_middle_of_a_generation():
