@@ -5,6 +5,7 @@ Owns: whether to ask at all, the deadline, when to stop reading. The only module
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 from lsprotocol import types
 
@@ -12,6 +13,7 @@ from lsp_server import context, filters
 from lsp_server.host import Host
 from lsp_server.session import Document, Snapshot
 from lsp_server.settings import InlineSettings
+from model_host.catalogue import without_infilling
 from model_host.errors import EngineError
 from model_host.generation import Cost, Engine, Generation, Request, Sampling
 
@@ -43,7 +45,7 @@ async def complete(host: Host, document: Document | None, position: types.Positi
     if reason := context.refusal(snapshot, document.chars, settings.max_document_chars):
         return Answer(reason=reason)
     if not host.engine.facts.has_fim:
-        return Answer(reason=f"{host.engine.facts.checkpoint} has no fill-in-the-middle tokens: choose a checkpoint that has them.")
+        return Answer(reason=without_infilling(Path(host.engine.facts.checkpoint)))
     try:
         return await filled(host.engine, snapshot, shown_path, settings)
     except EngineError as error:

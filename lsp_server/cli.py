@@ -24,6 +24,7 @@ from lsp_server.host import Host
 from lsp_server.server import create_server
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import Settings, merge, user_file, user_settings
+from model_host.catalogue import CATALOGUE, RECOMMENDED, Infilling, Precision
 from model_host.errors import EngineError
 from model_host.generation import Facts
 
@@ -182,9 +183,14 @@ def download(name: Annotated[str, typer.Argument(metavar="ORGANISATION/MODEL")])
 
 
 @app.command("doctor")
-def doctor() -> None:
+def doctor(
+    models: Annotated[bool, typer.Option("--models", help="List the models there are, and which of them fit here.")] = False,
+) -> None:
     """Say what is installed, what would be loaded, what is wrong and what to do."""
     console = Console(highlight=False, soft_wrap=True)
+    if models:
+        show_models(console)
+        return
     layers, problems = user_settings()
     settings, wrong = merge(layers)
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -203,6 +209,31 @@ def doctor() -> None:
     if problems or report.problems:
         raise typer.Exit(1)
     console.print(Text("✓ nothing is wrong", style="green"))
+
+
+def show_models(console: Console) -> None:
+    """The catalogue, a row a model, and where each would fit as it is published (bfloat16)."""
+    checkpoints = importlib.import_module("model_host.checkpoints")
+    table = Table("model", "size", "memory", "context", "infills", "chats", "fits on", box=None, pad_edge=False)
+    for entry, places in checkpoints.fitting():
+        table.add_row(
+            entry.name,
+            f"{entry.parameters / 1e9:.0f} B",
+            f"{entry.weight_bytes(Precision.BFLOAT16) / 1e9:.0f} GB",
+            f"{entry.context_tokens // 1024} k",
+            {Infilling.TRAINED: "yes", Infilling.DOUBTFUL: "badly"}.get(entry.infilling, "no"),
+            "yes" if entry.chat else "no",
+            ", ".join(places) or "nothing",
+        )
+    console.width = max(console.width, 96)  # a narrow terminal may fold lines, but names stay whole
+    console.print(table)
+    console.print()
+    for entry in CATALOGUE:
+        console.print(f"{entry.name.partition('/')[2]}: {entry.good_for}.")
+    console.print(
+        f"\nTo fill in code choose {RECOMMENDED.name}. Memory is that of the weights in bfloat16; 16 k tokens of context have to fit"
+        f" beside them.\nWeights: {RECOMMENDED.licence.name if RECOMMENDED.licence else ''}; the starter needs none of this."
+    )
 
 
 def installed(package: str) -> str:

@@ -1,11 +1,14 @@
 """Finds checkpoints and reads their weights: hub names and folders -> a `Model` on its device, with progress.
 
-Owns: file names, safetensors indices, the per-expert names of the hub. Only safetensors are read, no code and no pickle, and
-nothing is downloaded unless `download` says that the user asked for it.
+Owns: the per-expert names of the hub, and that each tensor goes from its file straight into its place. Only safetensors are read,
+no code and no pickle, and nothing is downloaded unless `download` says that the user asked for it.
 """
 
-import json
+import ctypes
+import gc
+import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +19,23 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from model_host import catalogue
+from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.generation import Progress
 from model_host.models.deepseek_v2 import Model
+from model_host.shards import Shard, shards
 from model_host.tokenizer import Tokenizer
 
 STARTER = Path(__file__).parent / "starter" / "checkpoint"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json", "*.jinja"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+READABLE = ("BF16", "F16", "F32", "F64")
+"""Types of weights in files; each is converted to the one that is computed with."""
 SMALL_PARAMETERS = 500_000_000
 """Up to this many a CPU computes in float32: twice the memory of bfloat16, and exact."""
 
@@ -49,61 +58,18 @@ def locate(name: str, *, download: bool = False) -> Path:
         raise CheckpointError(f"{name} cannot be downloaded: {str(error).splitlines()[0]}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file and the names of the tensors it holds."""
-
-    file: Path
-    names: tuple[str, ...]
-    bytes: int
-
-
-def shards(folder: Path) -> list[Shard]:
-    """The checkpoint's shards, each checked to be there whole, before anything is loaded. Raises CheckpointError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error}): download it again.") from error
-    elif (folder / "model.safetensors").is_file():
-        wanted = ["model.safetensors"]
-    elif any(folder.glob("*.bin")):
-        raise CheckpointError(f"{folder} holds pickled weights (*.bin), which can run code: only safetensors are read. Get those instead.")
-    else:
-        raise CheckpointError(f"{folder} holds no model.safetensors and no model.safetensors.index.json: download the weights.")
-    if missing := [name for name in wanted if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(wanted)} shards, first {missing[0]}: download it again.")
-    return [_shard(folder / name) for name in wanted]
-
-
-def _shard(file: Path) -> Shard:
-    """Reads a shard's header (8 bytes of length, then JSON with every tensor's offsets) and holds it against the file's size."""
-    actual = file.stat().st_size
-    with file.open("rb") as start:
-        header_bytes = int.from_bytes(start.read(8), "little")
-        try:
-            header: dict[str, Any] = json.loads(start.read(header_bytes)) if header_bytes < actual else {}
-        except ValueError:
-            header = {}
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    end = 8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if not tensors or end != actual:
-        raise CheckpointError(f"{file} is truncated or damaged (it has {actual:,} bytes): download this shard again.")
-    return Shard(file, tuple(tensors), actual)
-
-
 def tensors(parts: list[Shard], progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the shards, in the order of the files, still on disk until it is used."""
-    total, done = sum(part.bytes for part in parts), 0
+    """Every tensor of the shards, in the order in which they lie, still on disk until it is used. Progress is told in percents."""
+    total, done, told = sum(part.bytes for part in parts), 0, 0
     for part in parts:
         try:
             with safe_open(part.file, framework="pt") as opened:
-                for name in part.names:
-                    tensor = opened.get_tensor(name)
-                    yield name, tensor
-                    done += tensor.nbytes
-                    progress("reading weights", done / total)
+                for stored in part.tensors:
+                    yield stored.name, opened.get_tensor(stored.name)
+                    done += stored.bytes
+                    if done * 100 // total > told:
+                        told = done * 100 // total
+                        progress("reading weights", done / total)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{part.file} cannot be read ({error}): download this shard again.") from error
 
@@ -126,25 +92,73 @@ def choose_dtype(wanted: str, device: torch.device, parameters: int) -> torch.dt
 
 
 def load_model(folder: Path, *, device: str, dtype: str, progress: Progress) -> Model:
-    """Builds the model of `folder` and fills it shard by shard. Raises CheckpointError, naming what is wrong."""
+    """Builds the model of `folder` and fills it tensor by tensor. Raises CheckpointError, naming what is wrong, before memory
+    is taken: everything but the weights themselves is known from the headers."""
     config = ModelConfig.read(folder)
     parts = shards(folder)
-    with torch.device("meta"):
-        model = Model(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = outline(config)
+    check(folder, parts, model)
     where = choose_device(device)
-    model = model.to(choose_dtype(dtype, where, parameters)).to_empty(device=where).requires_grad_(False).eval()
+    allocate(model, where, choose_dtype(dtype, where, config.parameters))
     destinations = dict(destinations_in(model))
     for name, tensor in tensors(parts, progress):
-        destination = destinations.pop(name, None)
-        if destination is None:
-            continue  # buffers that older exports carry, such as rotary inverse frequencies
-        if destination.shape != tensor.shape:
-            raise CheckpointError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json says {list(destination.shape)}.")
-        destination.copy_(tensor)
-    if destinations:
-        raise CheckpointError(f"{folder} lacks {len(destinations)} tensors, first {min(destinations)}: download it again.")
-    return model
+        if name in destinations:  # older exports carry buffers too, such as rotary inverse frequencies
+            destinations[name].copy_(tensor)
+    return model.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the random numbers that torch's layers are made with. On the meta device, where there is nothing to fill, torch
+    imports 800 modules on its way to finding that out: 1.3 seconds and 73 MB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.init.kaiming_uniform_, nn.init.normal_, Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def outline(config: ModelConfig) -> Model:
+    """The model without memory: names and shapes."""
+    with torch.device("meta"), _Unfilled():
+        return Model(config)
+
+
+def allocate(model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives every parameter of an outline its memory, not filled. Those that were one (tied embeddings) stay one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                made[parameter] = nn.Parameter(memory, requires_grad=False)
+            setattr(module, name, made[parameter])
+
+
+def release_memory() -> None:
+    """To be called once a model was let go: returns to the system what torch and the C library keep for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)  # glibc keeps freed blocks of less than 32 MB
+
+
+def check(folder: Path, parts: list[Shard], model: Model) -> None:
+    """Holds what the shards' headers say against the model. Raises CheckpointError."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in destinations_in(model)}
+    for stored in (stored for part in parts for stored in part.tensors):
+        shape = wanted.pop(stored.name, None)
+        if shape is None:
+            continue
+        if shape != stored.shape:
+            raise CheckpointError(f"{folder}: {stored.name} has shape {list(stored.shape)}, config.json says {list(shape)}.")
+        if stored.dtype not in READABLE:
+            raise CheckpointError(
+                f"{folder}: {stored.name} is stored as {stored.dtype}, so these weights are quantized, which cannot be read:"
+                " choose the checkpoint they were made from, in bfloat16, float16 or float32."
+            )
+    if wanted:
+        raise CheckpointError(f"{folder} lacks {len(wanted)} tensors, first {min(wanted)}: download it again.")
 
 
 def destinations_in(model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -180,23 +194,73 @@ def inspect(name: str, device: str, dtype: str) -> Inspection:
         folder = locate(name)
         facts["folder"] = str(folder)
         config = ModelConfig.read(folder)
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in Model(config).parameters())
+        entry = catalogue.described(folder, config)
+        facts |= known(entry)
+        parts = shards(folder)
+        check(folder, parts, outline(config))
         where = choose_device(device)
-        kind = choose_dtype(dtype, where, parameters)
-        total = sum(part.bytes for part in shards(folder))
-        facts["weights"] = f"{total / 1e6:,.1f} MB on disk, {parameters * kind.itemsize / 1e6:,.1f} MB in memory"
-        facts["would load"] = f"{parameters / 1e6:,.1f} M parameters as {str(kind).removeprefix('torch.')} on {where}"
-        facts["context"] = (
-            f"{config.max_position_embeddings:,} tokens, {config.latent_dim * config.num_hidden_layers * kind.itemsize:,} bytes each"
-        )
+        kind = choose_dtype(dtype, where, config.parameters)
+        needed, free = config.parameters * kind.itemsize, free_bytes(where)
+        facts["weights"] = f"{sum(part.bytes for part in parts) / 1e6:,.1f} MB on disk, {needed / 1e6:,.1f} MB in memory"
+        facts["would load"] = f"{config.parameters / 1e6:,.1f} M parameters as {str(kind).removeprefix('torch.')} on {where}"
+        trained = f", trained for {entry.context_tokens:,}" if entry.context_tokens < config.max_position_embeddings else ""
+        kv_bytes = config.latent_dim * config.num_hidden_layers * kind.itemsize
+        facts["context"] = f"{config.max_position_embeddings:,} tokens{trained}, {kv_bytes:,} bytes each"
+        if free is not None and needed > free:
+            problems.append(
+                f"{name} needs {needed / 1e9:,.1f} GB for its weights, {where} has {free / 1e9:,.1f} GB free: choose a smaller model"
+                " (deepseek-lsp doctor --models), another device or dtype."
+            )
         tokenizer = Tokenizer(folder)
-        facts["fill-in-the-middle"] = "yes" if tokenizer.has_fim else "no"
+        facts["fill-in-the-middle"] = infilling_in_words(entry) if tokenizer.has_fim else "no"
         if not tokenizer.has_fim:
-            problems.append(f"{name} has no fill-in-the-middle tokens: choose DeepSeek-Coder-V2-Lite, DeepSeek-V2.5 or the starter.")
+            problems.append(catalogue.without_infilling(folder))
     except CheckpointError as error:
         problems.append(str(error))
     return Inspection(facts, problems)
+
+
+def known(entry: Entry) -> dict[str, str]:
+    """What the catalogue says of a checkpoint, or why it says nothing."""
+    if entry.licence is not None:
+        return {"known as": f"{entry.name}, good for {entry.good_for}", "licence": f"{entry.licence.name}, {entry.licence.url}"}
+    alike = [other.name.partition("/")[2] for other in catalogue.of_shape(entry.shape)]
+    if not alike:
+        return {}
+    return {"known as": f"one of {', '.join(alike)}, or made from it: they differ in weights only. A folder named so is told apart."}
+
+
+def infilling_in_words(entry: Entry) -> str:
+    if entry.infilling is Infilling.DOUBTFUL:
+        return f"has the tokens, but is said to do it badly: {catalogue.RECOMMENDED.name} does it well"
+    return "yes" if entry.infilling is Infilling.TRAINED else "yes, by its tokenizer"
+
+
+FIRST_CONTEXT_TOKENS = 16_384
+"""Context that has to fit beside the weights before a model is called fitting."""
+
+
+def fitting() -> list[tuple[Entry, list[str]]]:
+    """Every entry of the catalogue with the devices whose free memory holds it in bfloat16."""
+    places = {"cpu": free_bytes(torch.device("cpu"))}
+    places |= {f"cuda:{index}": free_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+    return [
+        (entry, [name for name, free in places.items() if free and free >= entry.bytes_with(FIRST_CONTEXT_TOKENS, Precision.BFLOAT16)])
+        for entry in CATALOGUE
+    ]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can be taken now; of the CPU including what the system would give up of its file cache. None: not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        names = getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
 
 
 def devices() -> list[str]:

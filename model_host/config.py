@@ -1,7 +1,7 @@
-"""What `config.json` of a DeepSeek-V2 checkpoint says, typed and checked; nothing of tensors or devices.
+"""What `config.json` of a DeepSeek-V2 checkpoint says, typed and checked, and what follows from it alone: how many parameters.
 
 Reads the hub's files (`rope_scaling`, `auto_map`) and those transformers 5 writes (`rope_parameters`) alike. What the model
-code does not support is refused by name instead of being computed wrongly.
+code does not support is refused by name instead of being computed wrongly. Nothing of tensors or devices.
 """
 
 import json
@@ -67,7 +67,7 @@ class ModelConfig(BaseModel):
     max_position_embeddings: int = Field(gt=0)
     tie_word_embeddings: bool = False
     bos_token_id: int
-    eos_token_id: int
+    eos_token_id: int | list[int]
 
     @model_validator(mode="before")
     @classmethod
@@ -92,6 +92,14 @@ class ModelConfig(BaseModel):
             raise ValueError("n_routed_experts and num_experts_per_tok are needed for the layers with experts")
         if self.topk_method == "group_limited_greedy" and not (self.n_group and self.topk_group):
             raise ValueError("group_limited_greedy needs n_group and topk_group")
+        experts, per_token = self.n_routed_experts or 0, self.num_experts_per_tok or 0
+        groups, chosen = (self.n_group or 1, self.topk_group or 1) if self.topk_method == "group_limited_greedy" else (1, 1)
+        if experts % groups or chosen > groups:
+            raise ValueError(f"{experts} experts cannot be routed to {chosen} of {groups} groups")
+        if per_token > experts // groups * chosen:
+            raise ValueError(
+                f"num_experts_per_tok is {per_token}, but a token has only {experts // groups * chosen} experts to choose from"
+            )
         return self
 
     @classmethod
@@ -107,6 +115,12 @@ class ModelConfig(BaseModel):
         found = raw.get("model_type") if isinstance(raw, dict) else None
         if found != "deepseek_v2":
             raise CheckpointError(f"{folder} holds a model of type {found!r}, not 'deepseek_v2': choose a DeepSeek-V2 checkpoint.")
+        if quantization := raw.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(
+                f"{folder} holds quantized weights ({method!r} by quantization_config), which cannot be read: choose the checkpoint"
+                " it was made from, in bfloat16, float16 or float32."
+            )
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -121,6 +135,48 @@ class ModelConfig(BaseModel):
     def latent_dim(self) -> int:
         """Numbers cached per token and layer: the latent and the rotated key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def parameters(self) -> int:
+        """All numbers of the model."""
+        return self._count(self.n_routed_experts or 0) + (0 if self.tie_word_embeddings else self._embedding)
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers one token is multiplied with: only its own experts, and of the two vocabulary matrices only the output's."""
+        return self._count(self.num_experts_per_tok or 0)
+
+    @property
+    def rounded_parameters(self) -> int:
+        """Those that stay in 16 bits when the others are quantized: embeddings, router and norms, as few as they are dear."""
+        routers = self._mixture_layers * (self.n_routed_experts or 0) * self.hidden_size
+        return (1 if self.tie_word_embeddings else 2) * self._embedding + routers + self._norms
+
+    @property
+    def _embedding(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def _mixture_layers(self) -> int:
+        return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+    @property
+    def _norms(self) -> int:
+        per_layer = 2 * self.hidden_size + self.kv_lora_rank + (self.q_lora_rank or 0)
+        return self.num_hidden_layers * per_layer + self.hidden_size
+
+    def _count(self, experts: int) -> int:
+        """Parameters with `experts` routed experts a layer and one vocabulary matrix (DeepSeek-V2, sections 2.1 and 2.2)."""
+        d, heads = self.hidden_size, self.num_attention_heads
+        q_dim = heads * self.qk_head_dim
+        query = d * q_dim if self.q_lora_rank is None else (d + q_dim) * self.q_lora_rank
+        latent = d * self.latent_dim + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        attention = query + latent + heads * self.v_head_dim * d
+        dense_layers = self.num_hidden_layers - self._mixture_layers
+        router = d * (self.n_routed_experts or 0)
+        mixture = router + 3 * d * self.moe_intermediate_size * (experts + (self.n_shared_experts or 0))
+        layers = self.num_hidden_layers * attention + dense_layers * 3 * d * self.intermediate_size + self._mixture_layers * mixture
+        return self._embedding + layers + self._norms
 
     @property
     def softmax_scale(self) -> float:

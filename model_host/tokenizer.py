@@ -14,6 +14,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from model_host import catalogue
+from model_host.catalogue import Infilling
 from model_host.errors import CheckpointError
 from model_host.generation import Chat, Fim, Message
 
@@ -51,6 +53,7 @@ class Tokenizer:
         self.bos_id = self._required(self._reader.bos_token, "beginning-of-sentence")
         self.eos_id = self._required(self._reader.eos_token, "end-of-sentence")
         self._fim = [self._single_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END)]
+        self._folder, self._known = folder, catalogue.recognised(folder)
         self._check_round_trip(folder)
 
     def _required(self, token: str | None, role: str) -> int:
@@ -75,8 +78,9 @@ class Tokenizer:
 
     @property
     def has_fim(self) -> bool:
-        """Whether the three fill-in-the-middle tokens are there, each a single id."""
-        return None not in self._fim
+        """Whether the checkpoint can fill in the middle: the three tokens are there, each a single id, and it is not known to be
+        one that was never trained with them."""
+        return None not in self._fim and (self._known is None or self._known.infilling is not Infilling.UNTRAINED)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added, and none is made of the text."""
@@ -95,10 +99,7 @@ class Tokenizer:
         A prompt of more than `max_tokens` loses the far end of the suffix, then the far start of the prefix.
         """
         if not self.has_fim:
-            raise CheckpointError(
-                "This checkpoint has no fill-in-the-middle tokens, so it cannot complete code between other code."
-                " Choose one that has: DeepSeek-Coder-V2-Lite, DeepSeek-V2.5, or the embedded starter."
-            )
+            raise CheckpointError(catalogue.without_infilling(self._folder))
         kept, must_begin = self.healed(prompt.middle)
         prefix, suffix, middle = (self.encode(text) for text in (prompt.prefix, prompt.suffix, kept))
         begin, hole, end = (id for id in self._fim if id is not None)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from model_host.catalogue import CATALOGUE
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "inventory.py"
 
 
@@ -53,6 +55,15 @@ def test_doctor_says_what_would_be_loaded_and_that_nothing_is_wrong(tmp_path: Pa
     assert done.returncode == 0, done.stdout
     for word in ("torch", "devices", "would load", "M parameters as float32 on cpu", "fill-in-the-middle", "nothing is wrong"):
         assert word in done.stdout
+
+
+def test_doctor_lists_the_models_there_are_and_which_to_choose(tmp_path: Path):
+    done = run("doctor", "--models", home=tmp_path, COLUMNS="60")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("deepseek-ai/")]
+    assert len(rows) == len(CATALOGUE)
+    assert rows[0][:5] == ["deepseek-ai/DeepSeek-Coder-V2-Lite-Base", "16", "B", "31", "GB"]
+    assert "To fill in code choose deepseek-ai/DeepSeek-Coder-V2-Lite-Base" in done.stdout
 
 
 def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path: Path):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from model_host.checkpoints import STARTER, choose_device, inspect, load_model, locate, shards
+from model_host.checkpoints import STARTER, choose_device, inspect, load_model, locate
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
+from model_host.shards import shards
 from model_host.tokenizer import Tokenizer
 
 
@@ -40,6 +41,13 @@ def test_a_folder_that_is_no_deepseek_v2_checkpoint_is_named(tmp_path: Path, edi
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' is not supported"),
         ({"n_routed_experts": None}, "n_routed_experts"),
+        ({"topk_method": "group_limited_greedy"}, "needs n_group and topk_group"),
+        ({"topk_method": "group_limited_greedy", "n_group": 5, "topk_group": 2}, "32 experts cannot be routed to 2 of 5 groups"),
+        ({"topk_method": "group_limited_greedy", "n_group": 16, "topk_group": 2}, "num_experts_per_tok is 6, but a token has only 4"),
+        ({"num_experts_per_tok": 33}, "num_experts_per_tok is 33, but a token has only 32 experts"),
+        ({"topk_method": "noaux_tc"}, "topk_method"),
+        ({"scoring_func": "sigmoid"}, "scoring_func"),
+        ({"norm_topk_prob": True}, "norm_topk_prob"),
     ],
 )
 def test_a_configuration_that_cannot_be_computed_is_refused_by_name(edited_config: Callable[..., Path], change: dict, said: str):
@@ -52,6 +60,10 @@ def test_both_spellings_of_the_rope_settings_mean_the_same(edited_config: Callab
     rope = json.loads((STARTER / "config.json").read_text())["rope_scaling"]
     folder = edited_config(rope_scaling=None, rope_parameters={**rope, "rope_type": "yarn", "rope_theta": 10_000.0})
     assert ModelConfig.read(folder) == hub
+
+
+def test_several_end_tokens_as_transformers_may_write_them_are_read(edited_config: Callable[..., Path]):
+    assert ModelConfig.read(edited_config(eos_token_id=[8188, 8189])).eos_token_id == [8188, 8189]
 
 
 def test_a_missing_shard_is_named(copied: Path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from model_host.checkpoints import STARTER, load_model, shards
+from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
+from model_host.shards import shards
 from model_host.starter import corpus, pairs, vocabulary
 from model_host.starter.__main__ import configuration
 from model_host.starter.corpus import Document
