@@ -15,7 +15,7 @@ from lsp_server.session import Document, Snapshot
 from lsp_server.settings import InlineSettings
 from model_host.catalogue import without_infilling
 from model_host.errors import EngineError
-from model_host.generation import Cost, Engine, Generation, Request, Sampling
+from model_host.generation import Cost, Engine, Generation, Priority, Request, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,14 @@ class Answer:
     cost: Cost | None = None
 
 
-async def complete(host: Host, document: Document | None, position: types.Position, shown_path: str, settings: InlineSettings) -> Answer:
+async def complete(
+    host: Host,
+    document: Document | None,
+    position: types.Position,
+    shown_path: str,
+    settings: InlineSettings,
+    priority: Priority = Priority.INLINE,
+) -> Answer:
     """What to insert at `position`. Cancelling this coroutine cancels the generation."""
     if not settings.enabled:
         return Answer(reason="Completions are switched off: inline.enabled is false.")
@@ -47,12 +54,12 @@ async def complete(host: Host, document: Document | None, position: types.Positi
     if not host.engine.facts.has_fim:
         return Answer(reason=without_infilling(Path(host.engine.facts.checkpoint)))
     try:
-        return await filled(host.engine, snapshot, shown_path, settings)
+        return await filled(host.engine, snapshot, shown_path, settings, priority)
     except EngineError as error:
         return Answer(reason=str(error))
 
 
-async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: InlineSettings) -> Answer:
+async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: InlineSettings, priority: Priority) -> Answer:
     """Asks the engine to fill the hole at the snapshot's cursor."""
     hole = filters.Hole(
         before=snapshot.before,
@@ -64,6 +71,7 @@ async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: 
         prompt=context.fim_prompt(snapshot, shown_path, settings.context_tokens),
         max_new_tokens=settings.max_new_tokens,
         sampling=Sampling(temperature=settings.temperature),
+        priority=priority,
     )
     async with engine.submit(request) as generation:
         raw, in_time = await read(generation, hole, settings.deadline_s)

@@ -22,7 +22,14 @@ def load_local(settings: Settings, progress: Progress) -> Engine:
     checkpoints = importlib.import_module("model_host.checkpoints")
     engine = importlib.import_module("model_host.engine")
     folder = checkpoints.locate(settings.model)
-    loaded: Engine = engine.load_engine(folder, device=settings.device, dtype=settings.dtype, threads=settings.threads, progress=progress)
+    loaded: Engine = engine.load_engine(
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        cache_bytes=settings.cache_mb * 1_000_000,
+        progress=progress,
+    )
     return loaded
 
 

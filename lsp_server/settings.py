@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
-USER_LEVEL = frozenset({"model", "device", "dtype", "threads"})
+USER_LEVEL = frozenset({"model", "device", "dtype", "threads", "cache_mb"})
 
 
 class Part(BaseModel):
@@ -45,6 +45,7 @@ class Settings(Part):
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of the weights in memory.")
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
+    cache_mb: int = Field(default=1024, ge=16, description="Memory for what was computed of prompts and answers, in MB.")
     inline: InlineSettings = InlineSettings()
 
 

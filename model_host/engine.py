@@ -1,47 +1,42 @@
-"""The engine: `submit` a request, read a `Generation`; one owner thread does all the work, one request after the other.
+"""The engine: `submit` a request, read a `Generation`; one owner thread runs all requests together, step by step.
 
-Owns: the thread, the queue, and the latent caches of the last few prompts. A request reuses the cache that shares the longest
-prefix of ids with its prompt, exactly: what is cached was computed for the very same ids at the very same positions.
+Owns: the thread, the queue, what becomes of each step's logits. A request reuses the latents of every prompt and answer before it
+that begins with the same ids, exactly: what is cached was computed for the very same ids at the very same positions.
 """
 
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import llguidance
 import torch
 from torch import Tensor
 
 from model_host.checkpoints import load_model
+from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
-from model_host.generation import Chat, Cost, Facts, Finish, Generation, Progress, Request
-from model_host.latents import LatentCache
+from model_host.generation import Chat, Cost, Facts, Finish, Generation, Progress, Request, TokenLogprob
+from model_host.grammar import GrammarGuide, vocabulary_of
+from model_host.pages import PAGE_TOKENS, PagePool, pages_for, shared
 from model_host.runner import Runner
-from model_host.sampling import Sampler
+from model_host.sampling import Sampler, logprobs
+from model_host.scheduler import Part, Scheduler, Sequence
 from model_host.tokenizer import Encoded, TextDecoder, Tokenizer
 
-MAX_LINEAGES = 4
-"""Prompts whose latents are kept. One each for a few files between which a user goes back and forth."""
-KEPT_SHARE = 0.5
-"""A prompt that shares less than this of a cached one gets a cache of its own while there is room."""
+CACHE_BYTES = 1 << 30
+"""Memory for latents, where nobody says otherwise: 200,000 tokens of the starter in float32, 34,000 of Coder-V2-Lite in bfloat16."""
+DRAFT_TOKENS = 4
+CHUNK_S = 0.2
+"""About how long a chunk of a prompt may take: nobody waits longer than that for a step, be it to begin or to stop."""
+FIRST_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 256, 64, 4096
 
 
-@dataclass
-class Lineage:
-    """A latent cache and the ids it was computed for."""
-
-    cache: LatentCache
-    ids: list[int] = field(default_factory=list)
-    used_at: float = 0.0
-
-    def shared(self, ids: tuple[int, ...]) -> int:
-        """Leading ids in common with `ids`, at most all but the last one, whose logits have to be computed."""
-        limit = min(len(self.ids), len(ids) - 1)
-        return next((i for i in range(limit) if self.ids[i] != ids[i]), limit)
-
-
-def load_engine(folder: Path, *, device: str, dtype: str, threads: int, progress: Progress) -> "LocalEngine":
+def load_engine(
+    folder: Path, *, device: str, dtype: str, threads: int, progress: Progress, cache_bytes: int = CACHE_BYTES
+) -> "LocalEngine":
     """Reads the checkpoint in `folder` (tokenizer first: it fails fast) and starts its engine. Raises CheckpointError."""
     started = time.monotonic()
     if threads:
@@ -51,7 +46,7 @@ def load_engine(folder: Path, *, device: str, dtype: str, threads: int, progress
     model = load_model(folder, device=device, dtype=dtype, progress=progress)
     if tokenizer.bos_id != model.config.bos_token_id:
         raise CheckpointError(f"{folder}: tokenizer and config.json disagree on the beginning-of-sentence token: they are of two models.")
-    runner = Runner(model)
+    runner = Runner(model, cache_bytes)
     parameters = list(model.parameters())
     facts = Facts(
         checkpoint=str(folder),
@@ -62,8 +57,45 @@ def load_engine(folder: Path, *, device: str, dtype: str, threads: int, progress
         context_tokens=model.config.max_position_embeddings,
         has_fim=tokenizer.has_fim,
         load_s=time.monotonic() - started,
+        cache_bytes=runner.cache_bytes,
+        cache_tokens=runner.pages * PAGE_TOKENS,
     )
     return LocalEngine(runner, tokenizer, facts)
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Answer:
+    """A request at work: its sequence, and how ids become text."""
+
+    request: Request
+    generation: Generation
+    sequence: Sequence
+    sampler: Sampler
+    decoder: TextDecoder
+    guide: GrammarGuide | None
+    drafter: Drafter
+    submitted_at: float
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+    new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def cost(self, finish: Finish) -> Cost:
+        ended_at = time.monotonic()
+        cached = max(self.sequence.cached, 0)
+        done = self.sequence.prompt_tokens if self.new_tokens else min(self.sequence.computed, self.sequence.prompt_tokens)
+        return Cost(
+            finish=finish,
+            cached_tokens=cached,
+            computed_tokens=max(done - cached, 0),
+            new_tokens=self.new_tokens,
+            queued_s=(self.started_at or ended_at) - self.submitted_at,
+            first_token_s=self.first_token_at - self.started_at if self.new_tokens else 0.0,
+            decode_s=ended_at - self.first_token_at if self.new_tokens else 0.0,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+        )
 
 
 class LocalEngine:
@@ -71,7 +103,9 @@ class LocalEngine:
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, facts: Facts) -> None:
         self._runner, self._tokenizer, self._facts = runner, tokenizer, facts
-        self._lineages: list[Lineage] = []
+        self._scheduler = Scheduler(PagePool(runner.pages), FIRST_CHUNK_TOKENS)
+        self._pay = Pay()
+        self._answers: list[Answer] = []
         self._queue: queue.SimpleQueue[tuple[Request, Generation, float] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -94,92 +128,179 @@ class LocalEngine:
         self._thread.join()
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            request, generation, queued_at = job
+        """The owner thread's life."""
+        while not self._closed.is_set():
+            self._take_in()
             try:
-                generation.feed(self._serve(request, generation, time.monotonic() - queued_at))
-            except EngineError as error:
-                generation.feed(error)
+                self._step()
             except torch.OutOfMemoryError:
-                self._lineages.clear()
-                generation.feed(RequestError("The device ran out of memory: lower context_tokens, or choose a smaller model."))
+                self._fail_all(RequestError("The device ran out of memory: lower cache_mb, or choose a smaller model."))
             except Exception as error:
-                self._lineages.clear()  # what a broken step left behind must not be reused
-                generation.feed(EngineError(f"The engine failed on this request: {error!r}. Please report it."))
-        self._lineages.clear()
+                self._fail_all(EngineError(f"The engine failed on this request: {error!r}. Please report it."))
         while not self._queue.empty():
             if job := self._queue.get():
                 job[1].feed(EngineClosed("The engine was shut down."))
+        self._fail_all(EngineClosed("The engine was shut down."))
 
-    def _serve(self, request: Request, generation: Generation, queued_s: float) -> Cost:
-        """One request from its first token to its last."""
-        started = time.monotonic()
+    def _take_in(self) -> None:
+        """Starts what was submitted; waits for something when nothing runs."""
+        while not self._answers or not self._queue.empty():
+            job = self._queue.get()
+            if job is None:
+                return
+            request, generation, submitted_at = job
+            try:
+                self._start(request, generation, submitted_at)
+            except EngineError as error:
+                generation.feed(error)
+            except Exception as error:
+                generation.feed(EngineError(f"The engine failed on this request: {error!r}. Please report it."))
+
+    def _start(self, request: Request, generation: Generation, submitted_at: float) -> None:
         prompt = self._encode(request)
-        lineage = self._lineage(prompt.ids)
-        cached = lineage.cache.length
-        logits = self._runner.prefill(prompt.ids[cached:], lineage.cache, lambda: self._stopped(generation))
-        lineage.ids = list(prompt.ids[: lineage.cache.length])
-        computed = lineage.cache.length - cached
-        finish, new, first_at = Finish.CANCELLED, 0, 0.0
-        if logits is not None:
-            finish, new, first_at = self._decode(request, prompt, logits, lineage, generation)
-        ended = time.monotonic()
-        return Cost(
-            finish=finish,
-            cached_tokens=cached,
-            computed_tokens=computed,
-            new_tokens=new,
-            queued_s=queued_s,
-            first_token_s=first_at - started if new else 0.0,
-            decode_s=ended - first_at if new else 0.0,
+        answer = Answer(
+            request=request,
+            generation=generation,
+            sequence=Sequence(ids=list(prompt.ids), prompt_tokens=len(prompt.ids), priority=request.priority),
+            sampler=Sampler(request.sampling, prompt.ids),
+            decoder=TextDecoder(self._tokenizer, prompt.must_begin, request.stop),
+            guide=GrammarGuide(self._vocabulary, request.grammar) if request.grammar else None,
+            drafter=Drafter(prompt.ids, self._tokenizer.encode(request.likely)),
+            submitted_at=submitted_at,
         )
+        self._answers.append(answer)
+        self._scheduler.add(answer.sequence)
 
     def _encode(self, request: Request) -> Encoded:
-        room = self._facts.context_tokens - request.max_new_tokens
-        if isinstance(request.prompt, Chat):
-            prompt = self._tokenizer.encode_chat(request.prompt)
-            if len(prompt.ids) > room:
-                raise RequestError(
-                    f"The question is {len(prompt.ids):,} tokens long, and this model has room for {room:,}: select less code."
-                )
-            return prompt
-        return self._tokenizer.encode_fim(request.prompt, max_tokens=room)
+        """The prompt's ids. A hole's surroundings are cut to what fits; a question that does not fit is refused."""
+        room = min(self._facts.context_tokens, self._runner.pages * PAGE_TOKENS) - request.max_new_tokens
+        if not isinstance(request.prompt, Chat):
+            return self._tokenizer.encode_fim(request.prompt, max_tokens=room)
+        prompt = self._tokenizer.encode_chat(request.prompt)
+        if len(prompt.ids) > self._facts.context_tokens - request.max_new_tokens:
+            raise RequestError(
+                f"The question is {len(prompt.ids):,} tokens long, and this model has room for {room:,} beside an answer of"
+                f" {request.max_new_tokens:,}: select less code."
+            )
+        if len(prompt.ids) > room:
+            page_bytes = self._facts.cache_bytes // self._runner.pages
+            needed = pages_for(len(prompt.ids) + request.max_new_tokens) * page_bytes
+            raise RequestError(
+                f"The question and its answer need {needed / 1e6:,.0f} MB of cache for {len(prompt.ids) + request.max_new_tokens:,}"
+                f" tokens, and {self._facts.cache_bytes / 1e6:,.0f} MB are set aside: select less code, or raise cache_mb."
+            )
+        return prompt
 
-    def _lineage(self, ids: tuple[int, ...]) -> Lineage:
-        """The cache to go on from, cut back to what it shares with `ids`."""
-        best = max(self._lineages, key=lambda lineage: lineage.shared(ids), default=None)
-        if best is None or best.shared(ids) < KEPT_SHARE * len(best.ids):
-            if len(self._lineages) < MAX_LINEAGES:
-                best = Lineage(self._runner.new_cache())
-                self._lineages.append(best)
-            else:
-                best = min(self._lineages, key=lambda lineage: lineage.used_at)
-        best.used_at = time.monotonic()
-        best.cache.rewind(best.shared(ids))
-        return best
+    @cached_property
+    def _vocabulary(self) -> llguidance.LLTokenizer:
+        return vocabulary_of(self._tokenizer)
 
-    def _decode(
-        self, request: Request, prompt: Encoded, logits: Tensor, lineage: Lineage, generation: Generation
-    ) -> tuple[Finish, int, float]:
-        """Samples and runs token after token; returns why it ended, how many came, and when the first one did."""
-        sampler = Sampler(request.sampling)
-        decoder = TextDecoder(self._tokenizer, prompt.must_begin)
-        first_at = 0.0
-        for count in range(request.max_new_tokens):
-            if self._stopped(generation):
-                return Finish.CANCELLED, count, first_at
-            allowed = self._tokenizer.compatible(decoder.must_begin) if decoder.must_begin else None
-            token = sampler.choose(logits, allowed)
-            first_at = first_at or time.monotonic()
-            if self._tokenizer.is_special(token):
-                return Finish.END, count + 1, first_at
-            if text := decoder.add(token):
-                generation.feed(text)
-            logits = self._runner.step([token], lineage.cache)
-            lineage.ids.append(token)
-        return Finish.LENGTH, request.max_new_tokens, first_at
+    def _step(self) -> None:
+        """Plans, runs the model once, and hands every answer its logits."""
+        for answer in [answer for answer in self._answers if answer.generation.is_cancelled]:
+            self._end(answer, Finish.CANCELLED)
+        self._draft()
+        plan = self._scheduler.plan()
+        for copy in plan.copies:
+            self._runner.copy(copy)
+        if not plan.parts:
+            return
+        started = time.monotonic()
+        answers = {answer.sequence: answer for answer in self._answers}
+        for part in plan.parts:
+            answers[part.sequence].started_at = answers[part.sequence].started_at or started
+        logits = self._runner.run(plan.step())  # [wanted, V]
+        self._learn(plan.parts, time.monotonic() - started)
+        row = 0
+        for part in plan.parts:
+            rows = part.sequence.drafted + 1 if part.is_complete else 0
+            self._continue(answers[part.sequence], part, logits[row : row + rows])
+            row += rows
 
-    def _stopped(self, generation: Generation) -> bool:
-        if self._closed.is_set():
-            raise EngineClosed("The engine was shut down.")
-        return generation.is_cancelled
+    def _draft(self) -> None:
+        """Puts guesses behind the sequence that decodes, if it is alone and guessing pays."""
+        decoding = [answer for answer in self._answers if answer.sequence.is_decoding]
+        if len(decoding) == len(self._answers) == 1 and self._pay.is_worth_it():
+            answer = decoding[0]
+            room = answer.request.max_new_tokens - answer.new_tokens - 1
+            drafts = answer.drafter.propose(min(DRAFT_TOKENS, room)) if answer.new_tokens and not answer.guide else []
+            answer.sequence.ids += drafts
+            answer.sequence.drafted = len(drafts)
+            answer.drafted_tokens += len(drafts)
+
+    def _learn(self, parts: tuple[Part, ...], took_s: float) -> None:
+        """Chooses the next prompt chunks' length by how long this one took, and notes what a decode step costs."""
+        tokens = max(part.tokens for part in parts)
+        if len(parts) == 1 and parts[0].sequence.is_decoding:
+            self._pay.note_step(took_s, parts[0].sequence.drafted)
+        elif tokens >= MIN_CHUNK_TOKENS:
+            affordable = int(tokens * CHUNK_S / took_s)
+            self._scheduler.chunk_tokens = min(max(affordable // MIN_CHUNK_TOKENS * MIN_CHUNK_TOKENS, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+
+    def _continue(self, answer: Answer, part: Part, logits: Tensor) -> None:
+        """Takes the tokens that logits [drafts + 1, V] give, as far as the drafts were right; none for an unfinished prompt."""
+        drafts = part.sequence.ids[len(part.sequence.ids) - part.sequence.drafted :]
+        new: list[int] = []
+        finish: Finish | None = None
+        for place, row in enumerate(logits):
+            token, finish = self._said(answer, row)
+            if finish is Finish.END:
+                break
+            new.append(token)
+            if finish or place == len(drafts) or token != drafts[place]:
+                break
+        if drafts:
+            right = shared(tuple(drafts), tuple(new))
+            answer.accepted_tokens += right
+            self._pay.note_drafts(right)
+        self._scheduler.advance(part, new)
+        if finish:
+            self._end(answer, finish)
+
+    def _said(self, answer: Answer, logits: Tensor) -> tuple[int, Finish | None]:
+        """Chooses one token from logits [V] and feeds its text; says whether the answer is finished with it."""
+        allowed = None
+        if answer.decoder.must_begin:
+            allowed = torch.tensor(self._tokenizer.compatible(answer.decoder.must_begin))
+        elif answer.guide:
+            allowed = answer.guide.allowed()
+        token = answer.sampler.choose(logits, allowed)
+        answer.new_tokens += 1
+        answer.first_token_at = answer.first_token_at or time.monotonic()
+        if answer.request.logprobs is not None:
+            answer.generation.feed(self._logprob(logits, token, answer.request.logprobs))
+        if self._tokenizer.is_special(token):
+            return token, Finish.END
+        answer.drafter.add(token)
+        if text := answer.decoder.add(token):
+            answer.generation.feed(text)
+        if answer.guide:
+            answer.guide.add(token)
+        if answer.decoder.is_stopped:
+            return token, Finish.STOP
+        if answer.guide and answer.guide.is_complete:
+            return token, Finish.END
+        return token, Finish.LENGTH if answer.new_tokens == answer.request.max_new_tokens else None
+
+    def _logprob(self, logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
+        chosen, others = logprobs(logits, token, alternatives)
+        return TokenLogprob(
+            content=self._tokenizer.token_bytes(token),
+            logprob=chosen,
+            alternatives=tuple((self._tokenizer.token_bytes(id), value) for id, value in others),
+        )
+
+    def _end(self, answer: Answer, finish: Finish) -> None:
+        cost = answer.cost(finish)
+        self._answers.remove(answer)
+        self._scheduler.remove(answer.sequence)
+        if finish in (Finish.END, Finish.LENGTH) and (text := answer.decoder.end()):
+            answer.generation.feed(text)
+        answer.generation.feed(cost)
+
+    def _fail_all(self, error: EngineError) -> None:
+        """Ends everything with `error`, and begins anew: a step that broke may have left wrong latents behind."""
+        for answer in self._answers:
+            answer.generation.feed(error)
+        self._answers.clear()
+        self._scheduler = Scheduler(PagePool(self._runner.pages), FIRST_CHUNK_TOKENS)

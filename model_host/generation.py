@@ -7,8 +7,8 @@ in tests). Knows nothing of tokens' ids, caches or devices.
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
 from typing import Literal, Protocol, Self
 
 
@@ -35,14 +35,40 @@ class Chat:
     messages: tuple[Message, ...]
 
 
+class Priority(IntEnum):
+    """Who goes first: what a user is looking at while typing, what opened a menu, what was asked for, what may be wanted later."""
+
+    INLINE = 0
+    MENU = 1
+    CHAT = 2
+    BACKGROUND = 3
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Greedy at temperature 0; else softmax over the `top_k` (0: all) most likely tokens within probability `top_p`."""
+    """How the next token is drawn: the likeliest at temperature 0, else by chance among those the limits leave.
+
+    The same seed gives the same text, whatever else the engine does meanwhile (to the bit in float32).
+    """
 
     temperature: float = 0.0
     top_k: int = 0
+    """Among so many of the likeliest; 0: all."""
     top_p: float = 1.0
+    """Among the likeliest that together have this probability."""
+    min_p: float = 0.0
+    """Among those at least this likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, logits of tokens that stand in the prompt or the answer are lowered by this factor (arXiv 1909.05858, section 4.1)."""
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an answer may look like: a JSON schema, a regular expression, or a Lark grammar, in llguidance's dialects."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +76,35 @@ class Request:
     prompt: Fim | Chat
     max_new_tokens: int
     sampling: Sampling = Sampling()
+    priority: Priority = Priority.INLINE
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these, wherever tokens end."""
+    grammar: Grammar | None = None
+    likely: str = ""
+    """How the answer may well go on, such as the rest of the last suggestion: verified, never taken on trust."""
+    logprobs: int | None = None
+    """With how many alternatives each token's log-probability is wanted; None: not at all."""
+
+    def candidates(self, count: int) -> "tuple[Request, ...]":
+        """The same request with `count` seeds. Submitted together they share the latents of their prompt."""
+        seeds = range(self.sampling.seed, self.sampling.seed + count)
+        return tuple(replace(self, sampling=replace(self.sampling, seed=seed)) for seed in seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """One token of an answer: its bytes, its log-probability before any sampling limit, and the likeliest in its place."""
+
+    content: bytes
+    logprob: float
+    alternatives: tuple[tuple[bytes, float], ...]
 
 
 class Finish(StrEnum):
     END = "end"
-    """The model ended its answer."""
+    """The model ended its answer, or its grammar was complete."""
+    STOP = "stop"
+    """One of the request's `stop` strings came."""
     LENGTH = "length"
     """`max_new_tokens`, or the model's context, is full."""
     CANCELLED = "cancelled"
@@ -73,6 +123,10 @@ class Cost:
     """From the start of the work to the first new token; 0 if none came."""
     decode_s: float
     """From the first new token to the last."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed from the text and run beside the next one."""
+    accepted_tokens: int = 0
+    """Guesses that were what the model would have said."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -87,8 +141,10 @@ class Generation:
     """
 
     cost: Cost | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens read so far, where the request asked for them."""
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _pieces: asyncio.Queue[str | Cost | Exception] = field(default_factory=asyncio.Queue)
+    _pieces: asyncio.Queue[str | TokenLogprob | Cost | Exception] = field(default_factory=asyncio.Queue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -99,8 +155,9 @@ class Generation:
     def is_cancelled(self) -> bool:
         return self._cancelled.is_set()
 
-    def feed(self, item: str | Cost | Exception) -> None:
-        """For the engine: a piece of text, or what ends the generation. A reader that is gone counts as a cancellation."""
+    def feed(self, item: str | TokenLogprob | Cost | Exception) -> None:
+        """For the engine: a piece of text, a token's log-probability before its text, or what ends the generation. A reader that
+        is gone counts as a cancellation."""
         try:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
         except RuntimeError:  # the loop is closed
@@ -112,7 +169,8 @@ class Generation:
     async def __anext__(self) -> str:
         if self.cost is not None:
             raise StopAsyncIteration
-        item = await self._pieces.get()
+        while isinstance(item := await self._pieces.get(), TokenLogprob):
+            self.logprobs.append(item)
         if isinstance(item, Exception):
             raise item
         if isinstance(item, Cost):
@@ -146,6 +204,10 @@ class Facts:
     context_tokens: int
     has_fim: bool
     load_s: float
+    cache_bytes: int = 0
+    """Memory for latents."""
+    cache_tokens: int = 0
+    """How many tokens that holds."""
 
 
 class Engine(Protocol):

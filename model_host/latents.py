@@ -1,54 +1,92 @@
-"""The latent cache of one sequence: c_kv and k_pe of every layer, in two tensors that grow by doubling.
+"""The latent cache: c_kv and k_pe of every token and layer, in two tensors of slots that all sequences share by pages; and
+where a step's tokens lie in them.
 
-Owns: the memory and how many tokens are valid. Knows nothing of token ids or of who reuses what. Costs
-(kv_lora_rank + qk_rope_head_dim) numbers per token and layer: 31,104 bytes a token for Coder-V2-Lite in bfloat16.
+Owns: the memory. Knows nothing of token ids or of who uses which page (pages.py). Costs (kv_lora_rank + qk_rope_head_dim)
+numbers per token and layer: 31,104 bytes a token for Coder-V2-Lite in bfloat16.
 """
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from model_host.batch import Step
 from model_host.config import ModelConfig
+from model_host.pages import PAGE_TOKENS
 
-FIRST_CAPACITY = 1024
+
+class LatentPool:
+    """Latents of `pages` pages. On a CPU, memory that was never written costs nothing: the system gives it page by page."""
+
+    def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        slots = pages * PAGE_TOKENS
+        self.c_kv = torch.empty(config.num_hidden_layers, slots, config.kv_lora_rank, dtype=dtype, device=device)  # [L, slots, R]
+        self.k_pe = torch.empty(config.num_hidden_layers, slots, config.qk_rope_head_dim, dtype=dtype, device=device)  # [L, slots, P]
+
+    @staticmethod
+    def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        return PAGE_TOKENS * config.num_hidden_layers * config.latent_dim * dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, c_kv: Tensor, k_pe: Tensor) -> None:
+        """Puts latents [T, R] and [T, P] into `slots` [T]."""
+        self.c_kv[layer].index_copy_(0, slots, c_kv)
+        self.k_pe[layer].index_copy_(0, slots, k_pe)
+
+    def read(self, layer: int, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """The latents in `slots`: [S, R] and [S, P]; a view when the slots are a slice."""
+        return self.c_kv[layer, slots], self.k_pe[layer, slots]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` tokens of page `source` into page `target`."""
+        a, b = source * PAGE_TOKENS, target * PAGE_TOKENS
+        self.c_kv[:, b : b + tokens] = self.c_kv[:, a : a + tokens]
+        self.k_pe[:, b : b + tokens] = self.k_pe[:, a : a + tokens]
 
 
-class LatentCache:
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        layers = config.num_hidden_layers
-        self._c_kv = torch.empty(layers, FIRST_CAPACITY, config.kv_lora_rank, dtype=dtype, device=device)
-        self._k_pe = torch.empty(layers, FIRST_CAPACITY, config.qk_rope_head_dim, dtype=dtype, device=device)
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What one sequence's new tokens attend to."""
 
-    @property
-    def bytes(self) -> int:
-        return self._c_kv.nbytes + self._k_pe.nbytes
+    rows: slice
+    """The sequence's tokens among those of the step."""
+    slots: Tensor | slice
+    """Where its context lies, [S]; a slice where the pages follow each other."""
+    is_short: bool
+    """Whether the new tokens are so few that attention over the latents themselves is cheaper."""
 
-    def extend(self, layer: int, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a layer's latents [T, R], [T, P] behind the valid ones; returns all of that layer's, [S, R] and [S, P].
 
-        The tokens count as cached only after `advance`, once every layer has written.
-        """
-        end = self.length + len(c_kv)
-        if end > self._c_kv.shape[1]:
-            self._grow(end)
-        self._c_kv[layer, self.length : end] = c_kv
-        self._k_pe[layer, self.length : end] = k_pe
-        return self._c_kv[layer, :end], self._k_pe[layer, :end]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A step as tensors on a device."""
 
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
+    ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    slots: Tensor  # [T], where the new latents go
+    wanted: Tensor  # [W], rows whose logits are wanted
+    reaches: tuple[Reach, ...]
 
-    def rewind(self, length: int) -> None:
-        """Forgets everything behind the first `length` tokens."""
-        assert length <= self.length
-        self.length = length
-
-    def _grow(self, needed: int) -> None:
-        capacity = self._c_kv.shape[1]
-        while capacity < needed:
-            capacity *= 2
-        for name in ("_c_kv", "_k_pe"):
-            old: Tensor = getattr(self, name)
-            new = old.new_empty(old.shape[0], capacity, old.shape[2])
-            new[:, : self.length] = old[:, : self.length]
-            setattr(self, name, new)
+    @classmethod
+    def of(cls, step: Step, device: torch.device, short_tokens: int) -> Self:
+        """Spans of at most `short_tokens` new tokens are short."""
+        within = torch.arange(PAGE_TOKENS)
+        positions: list[Tensor] = []
+        slots: list[Tensor] = []
+        reaches: list[Reach] = []
+        rows = [slice(a, b) for a, b in pairwise(accumulate((span.tokens for span in step.spans), initial=0))]
+        for span, its_rows in zip(step.spans, rows, strict=True):
+            held = (torch.tensor(span.pages)[:, None] * PAGE_TOKENS + within).flatten()[: span.context]  # [S]
+            first = span.pages[0]
+            in_a_row = span.pages == tuple(range(first, first + len(span.pages)))
+            context = slice(first * PAGE_TOKENS, first * PAGE_TOKENS + span.context) if in_a_row else held.to(device)
+            positions.append(torch.arange(span.context - span.tokens, span.context))
+            slots.append(held[span.context - span.tokens :])
+            reaches.append(Reach(its_rows, context, span.tokens <= short_tokens))
+        return cls(
+            ids=torch.tensor(step.ids, device=device),
+            positions=torch.cat(positions).to(device),
+            slots=torch.cat(slots).to(device),
+            wanted=torch.tensor(step.wanted, dtype=torch.long, device=device),
+            reaches=tuple(reaches),
+        )

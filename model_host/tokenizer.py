@@ -154,6 +154,15 @@ class Tokenizer:
                 table[id] = added.get(id, token).encode()
         return table
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return len(self._bytes_of)
+
+    def as_json(self) -> str:
+        """The tokenizer as tokenizer.json has it, with the special tokens of tokenizer_config.json."""
+        return str(self._backend.to_str())
+
     def token_bytes(self, id: int) -> bytes:
         return self._bytes_of[id] if id < len(self._bytes_of) else b""
 
@@ -180,11 +189,15 @@ class Tokenizer:
 
 
 class TextDecoder:
-    """Turns the bytes of a growing answer into text, holding back an unfinished UTF-8 character and the bytes already typed."""
+    """Turns the ids of a growing answer into text, holding back an unfinished UTF-8 character, the bytes already typed, and
+    what may be the beginning of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, must_begin: bytes) -> None:
-        self._tokenizer, self._known = tokenizer, must_begin
+    def __init__(self, tokenizer: Tokenizer, must_begin: bytes, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._known, self._stop = tokenizer, must_begin, [text for text in stop if text]
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.is_stopped = False
+        """Whether a stop string came; nothing follows then."""
 
     @property
     def must_begin(self) -> bytes:
@@ -197,4 +210,23 @@ class TextDecoder:
             taken = min(len(content), len(self._known))
             assert content[:taken] == self._known[:taken]
             self._known, content = self._known[taken:], content[taken:]
-        return self._utf8.decode(content)
+        return self._released(self._held + self._utf8.decode(content))
+
+    def end(self) -> str:
+        """What was held back as the beginning of a stop string that did not come."""
+        text, self._held = self._held, ""
+        return text
+
+    def _released(self, text: str) -> str:
+        first = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=-1)
+        if first >= 0:
+            self.is_stopped, self._held = True, ""
+            return text[:first]
+        begun = max((beginning(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - begun :]
+        return text[: len(text) - begun]
+
+
+def beginning(text: str, stop: str) -> int:
+    """How many last characters of `text` are the first of `stop`."""
+    return next(length for length in range(min(len(text), len(stop) - 1), -1, -1) if stop.startswith(text[len(text) - length :]))

@@ -6,6 +6,7 @@ from lsprotocol import types
 
 from lsp_server import ask
 from lsp_server.connection import ACCEPTED, Connection
+from model_host.generation import Priority
 
 WORD = re.compile(r"\w*\Z")
 LABEL_CHARS = 60
@@ -16,7 +17,7 @@ def register(server: Connection) -> None:
     async def completion(params: types.CompletionParams) -> types.CompletionList | None:
         uri = params.text_document.uri
         document = server.session.find(uri)
-        work = ask.complete(server.host, document, params.position, server.shown_path(uri), server.settings.inline)
+        work = ask.complete(server.host, document, params.position, server.shown_path(uri), server.settings.inline, Priority.MENU)
         answer = await server.take_turn(f"menu {uri}", work)
         if answer is None:
             return None

@@ -1,7 +1,8 @@
 """The DeepSeek-V2 model (arXiv 2405.04434), read top to bottom: rotation, attention over latents, experts, block, model.
 
-Owns: the architecture, with the checkpoint's own parameter names. Knows nothing of requests, pages, sampling or files: it
-gets token ids and a `LatentCache` that already holds the earlier tokens, and returns logits.
+Owns: the architecture, with the checkpoint's own parameter names. Knows nothing of requests, sampling or files: it gets a step's
+token ids and a `LatentPool` that already holds the earlier tokens, and returns logits. Plain torch on any device: the reference
+that faster forms are held against.
 
 Letters in shapes: T new tokens, S tokens of context (S >= T), D hidden_size, H heads, R kv_lora_rank, N/P/V the nope, rope
 and value head dims, E routed experts, K experts per token, I moe_intermediate_size. A leading batch may stand before T.
@@ -15,10 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_host.config import ModelConfig
-from model_host.latents import LatentCache
-
-ABSORBED_MAX_TOKENS = 32
-"""Up to this many new tokens attention runs over the latents themselves; above it, over expanded keys and values."""
+from model_host.latents import LatentPool, Layout, Reach
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -95,7 +93,7 @@ class Attention(nn.Module):
         k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)
         k = torch.cat((k_nope, k_pe.unsqueeze(-3).expand(*k_nope.shape[:-1], -1)), dim=-1)  # [..., H, S, N+P]
         q = torch.cat((q_nope, q_pe), dim=-1)  # [..., H, T, N+P]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[-2] > 1, scale=self.scale)
         return out.transpose(-3, -2).flatten(-2)
 
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, mask: Tensor | None) -> Tensor:
@@ -112,18 +110,22 @@ class Attention(nn.Module):
         out: Tensor = mixed @ w_uv.transpose(-2, -1)  # [..., H, T, V]
         return out.transpose(-3, -2).flatten(-2)
 
-    def forward(self, x: Tensor, rotation: Tensor, layer: int, cache: LatentCache) -> Tensor:
-        """x [T, D], the tokens right after those in `cache` -> [T, D]; writes their latents into the cache."""
-        tokens = x.shape[0]
+    def forward(self, x: Tensor, rotation: Tensor, layer: int, latents: LatentPool, layout: Layout) -> Tensor:
+        """x [T, D], a step's tokens -> [T, D]; writes their latents into the pool."""
         q_nope, q_pe = self.queries(x, rotation)
-        c_kv, k_pe = cache.extend(layer, *self.latents(x, rotation))  # [S, R], [S, P]
-        context = c_kv.shape[0]
+        latents.write(layer, layout.slots, *self.latents(x, rotation))
+        out = [self._attended(q_nope[:, r.rows], q_pe[:, r.rows], *latents.read(layer, r.slots), r) for r in layout.reaches]
+        projected: Tensor = self.o_proj(torch.cat(out))
+        return projected
+
+    def _attended(self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, reach: Reach) -> Tensor:
+        """One sequence's queries over its own context: [T, H*V]"""
+        tokens, context = q_nope.shape[1], c_kv.shape[0]
+        attend = self.absorbed if reach.is_short else self.expanded
         mask = None
-        if tokens > 1 and (context > tokens or tokens <= ABSORBED_MAX_TOKENS):
-            mask = torch.ones(tokens, context, dtype=torch.bool, device=x.device).tril(context - tokens)
-        attend = self.absorbed if tokens <= ABSORBED_MAX_TOKENS else self.expanded
-        out: Tensor = self.o_proj(attend(q_nope, q_pe, c_kv, k_pe, mask))
-        return out
+        if tokens > 1 and (reach.is_short or context > tokens):
+            mask = torch.ones(tokens, context, dtype=torch.bool, device=c_kv.device).tril(context - tokens)
+        return attend(q_nope, q_pe, c_kv.type_as(q_nope), k_pe.type_as(q_nope), mask)
 
 
 class MLP(nn.Module):
@@ -186,20 +188,23 @@ class Experts(nn.Module):
         return inner.flatten(-2) @ self.down_proj.transpose(1, 2).flatten(0, 1)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Visits each chosen expert once, with the tokens that chose it. x [T, D], weights and experts [T, K] -> [T, D]"""
-        if len(x) == 1:  # a decode step: without looking for tokens it takes a fifth less time (docs/log.md)
-            halves = (F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1) for expert in experts[0].tolist())
-            inner = torch.cat([F.silu(gate) * up for gate, up in halves]) * weights[0, :, None].to(x.dtype)  # [K, I]
-            return torch.stack([F.linear(h, self.down_proj[e]) for h, e in zip(inner, experts[0].tolist(), strict=True)]).sum(
-                0, keepdim=True
-            )
-        out = torch.zeros_like(x)
-        for expert in experts.unique().tolist():
-            rows, slots = (experts == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, self.down_proj[expert])
-            out.index_add_(0, rows, y * weights[rows, slots, None].to(x.dtype))
-        return out
+        """Sorts the tokens by expert, so that each chosen expert is read once, by one matmul over groups of rows. x [T, D],
+        weights and experts [T, K] -> [T, D]"""
+        choices = experts.flatten()  # [T*K]
+        order = choices.argsort(stable=True)
+        per_expert = torch.zeros(len(self.down_proj), dtype=torch.int32, device=x.device)
+        ends = per_expert.scatter_add_(0, choices, torch.ones_like(choices, dtype=torch.int32)).cumsum(0, dtype=torch.int32)  # [E]
+        gate, up = grouped(x[order // experts.shape[-1]], self.gate_up_proj, ends).chunk(2, dim=-1)  # [T*K, I] each
+        y = grouped(F.silu(gate) * up, self.down_proj, ends)[order.argsort()].view(*experts.shape, -1)  # [T, K, D]
+        return (y * weights.unsqueeze(-1).to(x.dtype)).sum(dim=-2)
+
+
+def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows ends[e-1] to ends[e] of x [rows, in] times matrices[e].T, matrices [E, out, in] -> [rows, out]"""
+    if hasattr(F, "grouped_mm") and (x.dtype == torch.bfloat16 or not x.is_cuda):
+        return F.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
+    starts = [0, *ends.tolist()]
+    return torch.cat([F.linear(x[a:b], m) for a, b, m in zip(starts, starts[1:], matrices, strict=False) if b > a])
 
 
 class MoE(nn.Module):
@@ -231,8 +236,8 @@ class Block(nn.Module):
         dense = layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, layer: int, cache: LatentCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, layer, cache)
+    def forward(self, x: Tensor, rotation: Tensor, layer: int, latents: LatentPool, layout: Layout) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, layer, latents, layout)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -261,13 +266,11 @@ class Model(nn.Module):
         angles = positions[:, None].float() * self.frequencies
         return torch.polar(torch.full_like(angles, self.config.rope_magnitude), angles)
 
-    def forward(self, ids: Tensor, cache: LatentCache, last: int = 1) -> Tensor:
-        """Runs `ids` [T], the tokens right after those in `cache`, and returns float32 logits [last, vocab] of the last ones."""
-        positions = torch.arange(cache.length, cache.length + len(ids), device=ids.device)
-        rotation = self.rotation(positions)
-        x = self.embed_tokens(ids)  # [T, D]
+    def forward(self, layout: Layout, latents: LatentPool) -> Tensor:
+        """Runs a step and returns float32 logits [wanted, vocab]; the latents of its tokens are in the pool afterwards."""
+        rotation = self.rotation(layout.positions)
+        x = self.embed_tokens(layout.ids)  # [T, D]
         for layer, block in enumerate(self.blocks()):
-            x = block(x, rotation, layer, cache)
-        cache.advance(len(ids))
-        logits: Tensor = self.lm_head(self.norm(x[-last:]))
+            x = block(x, rotation, layer, latents, layout)
+        logits: Tensor = self.lm_head(self.norm(x[layout.wanted]))
         return logits.float()

@@ -84,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--answers-only", action="store_true", help="learn from the middles of those alone, as a last stage")
     parser.add_argument("--run", help="name of the run's state below --work (default: the size)")
     parser.add_argument("--warmup-steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="another one shows a later stage other holes in other documents")
     parser.add_argument("--report-every", type=int, default=100, help="steps between two lines of the log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 2, 1))
@@ -112,6 +113,7 @@ def main() -> None:
         context=choice.context,
         long_context=choice.long_context,
         warmup_steps=choice.warmup_steps,
+        seed=choice.seed,
         report_every=choice.report_every,
         answers_only=choice.answers_only,
     )

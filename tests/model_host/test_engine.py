@@ -1,7 +1,10 @@
 """The engine: what it says, what it reuses, and that it stops when told to."""
 
 import asyncio
+import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from model_host.checkpoints import STARTER
 from model_host.engine import LocalEngine, load_engine
 from model_host.errors import EngineClosed, RequestError
-from model_host.generation import Chat, Cost, Fim, Finish, Message, Request, Sampling
+from model_host.generation import Chat, Cost, Fim, Finish, Grammar, Message, Priority, Request, Sampling
 
 PREFIX = "import os\n\n\nclass Shop:\n    def __init__(self, name):\n        self.name = name\n\n    def label(self):\n"
 SUFFIX = "\n\ndef main():\n    print(Shop('a').label())\n"
@@ -146,7 +149,7 @@ async def test_running_out_of_memory_fails_the_request_and_not_the_engine(engine
         raise torch.OutOfMemoryError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine._runner, "step", no_memory)
+        patched.setattr(engine._runner, "run", no_memory)
         with pytest.raises(RequestError, match="ran out of memory"):
             await ask(engine, hole())
     assert (await ask(engine, hole()))[1].new_tokens > 0
@@ -162,3 +165,109 @@ async def test_closing_ends_what_runs_and_what_waits():
             await generation.finished()
     with pytest.raises(EngineClosed):
         engine.submit(hole())
+
+
+async def test_requests_in_one_batch_say_what_each_says_alone(engine: LocalEngine):
+    asked = [hole("        return ", prefix=PREFIX + f"# part {number}\n", tokens=12) for number in range(5)]
+    asked += [hole("        ", tokens=12, temperature=1.0, seed=seed) for seed in range(3)]
+    alone = [(await ask(engine, request))[0] for request in asked]
+    together = await asyncio.gather(*(ask(engine, request) for request in asked))
+    assert [text for text, _ in together] == alone
+
+
+async def test_candidates_share_their_prompt_and_differ():
+    engine = fresh()
+    try:
+        request = hole("        ", prefix=PREFIX * 10, tokens=16, temperature=1.2)
+        answers = await asyncio.gather(*(ask(engine, candidate) for candidate in request.candidates(4)))
+    finally:
+        engine.close()
+    assert len({text for text, _ in answers}) > 1
+    prompt = answers[0][1].cached_tokens + answers[0][1].computed_tokens
+    assert sum(cost.computed_tokens for _, cost in answers) < 1.5 * prompt
+
+
+async def test_typing_overtakes_a_chat_with_a_long_prompt(engine: LocalEngine):
+    chat = Chat(messages=(Message(role="user", content="x = 1\n" * 1500),))
+    slow = engine.submit(Request(prompt=chat, max_new_tokens=2, priority=Priority.CHAT))
+    _, cost = await ask(engine, hole("        ", tokens=3))
+    assert slow.cost is None and cost.new_tokens > 0
+    await slow.finished()
+
+
+async def test_an_answer_ends_before_a_stop_string_even_across_tokens(engine: LocalEngine):
+    whole, _ = await ask(engine, hole("        return ", tokens=24))
+    at = len(whole) // 2
+    stop = whole[at : at + 6]
+    request = replace(hole("        return ", tokens=24), stop=("never seen", stop))
+    text, cost = await ask(engine, request)
+    assert text == whole[: whole.index(stop)] and cost.finish is Finish.STOP
+
+
+async def test_a_grammar_decides_what_an_answer_looks_like(engine: LocalEngine):
+    schema = '{"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}}, "required": ["a"], "additionalProperties": false}'
+    request = replace(hole(tokens=60, temperature=1.0), grammar=Grammar(kind="json_schema", source=schema))
+    text, cost = await ask(engine, request)
+    assert isinstance(json.loads(text)["a"], int) and cost.finish is Finish.END
+    text, _ = await ask(engine, replace(request, grammar=Grammar(kind="regex", source="[a-c]{4}")))
+    assert re.fullmatch("[a-c]{4}", text)
+
+
+async def test_a_grammar_that_cannot_be_understood_is_refused_with_the_reason(engine: LocalEngine):
+    with pytest.raises(RequestError, match="unclosed group"):
+        await ask(engine, replace(hole(), grammar=Grammar(kind="regex", source="a(")))
+
+
+async def test_log_probabilities_are_those_of_the_words_said(engine: LocalEngine):
+    async with engine.submit(replace(hole("        return ", tokens=6), logprobs=3)) as generation:
+        text = "".join([piece async for piece in generation])
+    assert generation.cost is not None and len(generation.logprobs) == generation.cost.new_tokens
+    assert b"".join(token.content for token in generation.logprobs).decode().strip() == text.strip()
+    for token in generation.logprobs[1:]:  # the first may be held to the word being typed
+        assert token.alternatives[0] == (token.content, token.logprob) and token.logprob < 0
+        assert len(token.alternatives) == 3
+
+
+async def test_a_suggestion_asked_for_again_is_verified_in_few_steps_and_says_the_same():
+    engine = fresh()
+    try:
+        request = hole("        ", tokens=40)
+        said, first = await ask(engine, request)
+        again, second = await ask(engine, replace(request, likely=said))
+        assert again == said and second.drafted_tokens > 0
+        assert second.accepted_tokens >= 0.8 * second.drafted_tokens > 0
+        wrong, third = await ask(engine, replace(request, likely="import nothing, of this\nsort = 3"))
+    finally:
+        engine.close()
+    assert wrong == said and third.new_tokens == first.new_tokens
+
+
+async def test_a_repetition_penalty_changes_what_is_repeated(engine: LocalEngine):
+    plain, _ = await ask(engine, hole("        x = x + x + x + ", tokens=16))
+    varied, _ = await ask(engine, hole("        x = x + x + x + ", tokens=16, repetition_penalty=3.0))
+    assert plain != varied
+
+
+async def test_a_chat_that_the_cache_cannot_hold_is_refused_with_numbers():
+    engine = load_engine(STARTER, device="cpu", dtype="float32", threads=0, progress=lambda what, share: None, cache_bytes=1)
+    try:
+        with pytest.raises(RequestError, match=r"\d MB of cache for [\d,]+ tokens, and \d+ MB"):
+            await ask(engine, Request(prompt=Chat(messages=(Message(role="user", content="word " * 1500),)), max_new_tokens=10))
+        texts = [await ask(engine, hole("        ", prefix=f"# {number}\n" + PREFIX * 20, tokens=4)) for number in range(4)]
+        assert all(cost.new_tokens for _, cost in texts)
+    finally:
+        engine.close()
+
+
+async def test_answers_that_need_more_pages_than_there_are_take_turns_and_say_what_they_say_alone():
+    engine = load_engine(STARTER, device="cpu", dtype="float32", threads=0, progress=lambda what, share: None, cache_bytes=1)
+    try:
+        asked = [
+            replace(hole("        ", prefix=f"# {number}\n" + PREFIX * 8, tokens=30, temperature=0.8, seed=number), priority=priority)
+            for number, priority in enumerate([Priority.CHAT, Priority.BACKGROUND, Priority.INLINE, Priority.MENU])
+        ]
+        together = await asyncio.gather(*(ask(engine, request) for request in asked))
+        alone = [await ask(engine, request) for request in asked]
+    finally:
+        engine.close()
+    assert [text for text, _ in together] == [text for text, _ in alone]

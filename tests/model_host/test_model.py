@@ -11,20 +11,37 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM
 
+from model_host.batch import Span, Step
 from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
-from model_host.latents import LatentCache
-from model_host.models import deepseek_v2
+from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import Experts, Model
+from model_host.pages import pages_for
 
 CPU = torch.device("cpu")
 
 
-def logits_of(model: Model, ids: Tensor, *chunks: int) -> Tensor:
+class Contiguous:
+    """One sequence's latents in pages one after the other."""
+
+    def __init__(self, model: Model, tokens: int, short_tokens: int = 32) -> None:
+        self.model, self.short_tokens, self.length = model, short_tokens, 0
+        self.pages = tuple(range(pages_for(tokens)))
+        self.latents = LatentPool(model.config, len(self.pages), torch.float32, CPU)
+
+    def run(self, ids: Tensor) -> Tensor:
+        """Logits of every one of ids, the tokens after those that were run."""
+        self.length += len(ids)
+        span = Span(tokens=len(ids), context=self.length, pages=self.pages[: pages_for(self.length)])
+        step = Step(ids=tuple(ids.tolist()), spans=(span,), wanted=tuple(range(len(ids))))
+        with torch.inference_mode():
+            return self.model(Layout.of(step, CPU, self.short_tokens), self.latents)
+
+
+def logits_of(model: Model, ids: Tensor, *chunks: int, short_tokens: int = 32) -> Tensor:
     """Logits of every position, run in chunks of the given sizes."""
-    cache = LatentCache(model.config, torch.float32, CPU)
-    with torch.inference_mode():
-        return torch.cat([model(part, cache, last=len(part)) for part in ids.split(list(chunks or (len(ids),)))])
+    sequence = Contiguous(model, len(ids), short_tokens)
+    return torch.cat([sequence.run(part) for part in ids.split(list(chunks or (len(ids),)))])
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +82,10 @@ def test_the_family_of_236b_gives_the_logits_that_transformers_gives(tmp_path: P
     torch.testing.assert_close(logits_of(ours, ids), expected, atol=2e-3, rtol=1e-3)
 
 
-def test_attention_over_latents_equals_attention_over_expanded_keys(starter: Model, ids: Tensor, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(deepseek_v2, "ABSORBED_MAX_TOKENS", 0)
-    expanded = logits_of(starter, ids)
-    monkeypatch.setattr(deepseek_v2, "ABSORBED_MAX_TOKENS", 10_000)
-    torch.testing.assert_close(logits_of(starter, ids), expanded, atol=1e-3, rtol=1e-3)
+def test_attention_over_latents_equals_attention_over_expanded_keys(starter: Model, ids: Tensor):
+    whole = logits_of(starter, ids, short_tokens=1)
+    torch.testing.assert_close(logits_of(starter, ids, short_tokens=10_000), whole, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits_of(starter, ids, 90, 1, 109, short_tokens=1), whole, atol=1e-3, rtol=1e-3)
 
 
 @settings(max_examples=10, deadline=None)
@@ -80,18 +96,24 @@ def test_a_prompt_in_chunks_gives_what_it_gives_in_one_piece(starter: Model, ids
     torch.testing.assert_close(logits_of(starter, ids, *chunks), logits_of(starter, ids), atol=1e-3, rtol=1e-3)
 
 
-def test_rewinding_the_cache_forgets_what_was_behind(starter: Model, ids: Tensor):
-    cache = LatentCache(starter.config, torch.float32, CPU)
-    with torch.inference_mode():
-        starter(ids[:50], cache)
-        starter(ids[100:150], cache)
-        cache.rewind(50)
-        again = starter(ids[50:80], cache)
-        fresh = starter(ids[:80], LatentCache(starter.config, torch.float32, CPU))
-    torch.testing.assert_close(again, fresh, atol=1e-3, rtol=1e-3)
+def test_sequences_in_one_step_over_scattered_pages_get_what_each_gets_alone(starter: Model, ids: Tensor):
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(2)).tolist()
+    pool = LatentPool(starter.config, 20, torch.float32, CPU)
+    texts = {tuple(order[:5]): ids[:70], tuple(order[5:8]): ids[100:133], tuple(order[8:9]): ids[50:66]}
+    got: dict[tuple[int, ...], list[Tensor]] = {pages: [] for pages in texts}
+    for start, stop in ((0, 10), (10, 16), (16, 33), (33, 70)):
+        running = {pages: text for pages, text in texts.items() if len(text) >= stop}
+        spans = tuple(Span(tokens=stop - start, context=stop, pages=pages[: pages_for(stop)]) for pages in running)
+        step_ids = torch.cat([text[start:stop] for text in running.values()])
+        step = Step(ids=tuple(step_ids.tolist()), spans=spans, wanted=tuple(range(len(step_ids))))
+        with torch.inference_mode():
+            for pages, logits in zip(running, starter(Layout.of(step, CPU, 8), pool).split(stop - start), strict=True):
+                got[pages].append(logits)
+    for pages, text in texts.items():
+        torch.testing.assert_close(torch.cat(got[pages]), logits_of(starter, text)[: sum(map(len, got[pages]))], atol=1e-3, rtol=1e-3)
 
 
-def test_visiting_chosen_experts_equals_computing_all_of_them():
+def test_computing_the_chosen_experts_equals_computing_all_of_them():
     config: dict[str, Any] = ModelConfig.read(STARTER).model_dump()
     experts = Experts(ModelConfig.model_validate(config | {"model_type": "deepseek_v2"}))
     for parameter in experts.parameters():

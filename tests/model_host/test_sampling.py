@@ -9,13 +9,13 @@ LOGITS = torch.tensor([0.0, 3.0, 2.0, 1.0, -5.0])
 
 
 def drawn(sampling: Sampling, count: int = 200) -> set[int]:
-    sampler = Sampler(sampling)
+    sampler = Sampler(sampling, ())
     return {sampler.choose(LOGITS) for _ in range(count)}
 
 
 def test_greedy_takes_the_likeliest_of_those_allowed():
-    assert Sampler(Sampling()).choose(LOGITS) == 1
-    assert Sampler(Sampling()).choose(LOGITS, allowed=[0, 3, 4]) == 3
+    assert Sampler(Sampling(), ()).choose(LOGITS) == 1
+    assert Sampler(Sampling(), ()).choose(LOGITS, allowed=torch.tensor([0, 3, 4])) == 3
 
 
 def test_top_k_and_top_p_leave_only_the_likeliest():
@@ -25,5 +25,5 @@ def test_top_k_and_top_p_leave_only_the_likeliest():
 
 
 def test_sampling_keeps_to_what_is_allowed():
-    sampler = Sampler(Sampling(temperature=3.0, seed=4))
-    assert {sampler.choose(LOGITS, allowed=[4, 0]) for _ in range(100)} == {0, 4}
+    sampler = Sampler(Sampling(temperature=3.0, seed=4), ())
+    assert {sampler.choose(LOGITS, allowed=torch.tensor([4, 0])) for _ in range(100)} == {0, 4}

@@ -1,0 +1,260 @@
+"""The model on a CPU by compiled kernels: packed weights, and steps run on them.
+
+Owns: which tensor of a checkpoint goes where in the packed weights, the number of threads. The arithmetic is in forward.cpp.
+"""
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from ctypes import c_float, c_int32
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from model_host.batch import Span, Step
+from model_host.checkpoints import shards, tensors
+from model_host.config import ModelConfig
+from model_host.errors import CheckpointError
+from model_host.generation import Progress
+from model_host.latents import LatentPool
+from model_host.models.deepseek_v2 import rope_frequencies
+from model_host.native.library import Attention, Config, Pool, Sequence, Slot, available_levels, load, why_unavailable
+from model_host.pages import pages_for
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+GLOBAL = {"lm_head": Slot.HEAD, "model.norm": Slot.FINAL_NORM}
+OF_LAYER = {
+    "input_layernorm": Slot.INPUT_NORM,
+    "post_attention_layernorm": Slot.POST_NORM,
+    "self_attn.q_proj": Slot.Q,
+    "self_attn.q_a_proj": Slot.Q,
+    "self_attn.q_a_layernorm": Slot.Q_NORM,
+    "self_attn.q_b_proj": Slot.Q_B,
+    "self_attn.kv_a_proj_with_mqa": Slot.KV_A,
+    "self_attn.kv_a_layernorm": Slot.LATENT_NORM,
+    "self_attn.o_proj": Slot.O,
+    "mlp.gate": Slot.GATE,
+    "mlp.gate_proj": Slot.SHARED_GATE,
+    "mlp.up_proj": Slot.SHARED_UP,
+    "mlp.down_proj": Slot.SHARED_DOWN,
+    "mlp.shared_experts.gate_proj": Slot.SHARED_GATE,
+    "mlp.shared_experts.up_proj": Slot.SHARED_UP,
+    "mlp.shared_experts.down_proj": Slot.SHARED_DOWN,
+}
+OF_EXPERT = {"gate_proj": Slot.EXPERT_GATE, "up_proj": Slot.EXPERT_UP, "down_proj": Slot.EXPERT_DOWN}
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+EXPERT_NAME = re.compile(r"mlp\.experts\.(\d+)\.(\w+)")
+MEASURED_S = 0.3
+MEASURED_STEPS = 4
+
+
+class NativeModel:
+    """A model whose `forward` is one call of compiled code. Used by one thread; frees its weights when it goes."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: Dtype, threads: int = 0, level: str | None = None
+    ) -> None:
+        """Packs `weights`, named as in a checkpoint, one after the other. 0 threads: as many as were measured to be fastest.
+        Raises CheckpointError when a tensor is missing or of another shape than `config` says."""
+        if reason := why_unavailable():
+            raise CheckpointError(reason)
+        self.config, self.dtype = config, dtype
+        self.level = level or available_levels()[-1]
+        self._library = load(self.level)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        most = min(threads or cores, cores)
+        frequencies = rope_frequencies(config).tolist()
+        numbers = _numbers(config, KINDS[dtype])
+        self._model = self._library.native_create(ctypes.byref(numbers), (c_float * len(frequencies))(*frequencies), most)
+        if not self._model:
+            raise CheckpointError("There is not enough memory for this model.")
+        self._use_threads(most)
+        self._put_all(weights)
+        self.weight_bytes: int = self._library.native_weight_bytes(self._model)
+        if not threads:
+            self._use_threads(self._fastest(most))
+
+    def __del__(self) -> None:
+        if getattr(self, "_model", None):
+            self._library.native_destroy(self._model)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: Dtype, progress: Progress, threads: int = 0, level: str | None = None) -> Self:
+        """Reads the checkpoint in `folder` tensor by tensor. Raises CheckpointError, naming what is wrong."""
+        return cls(ModelConfig.read(folder), tensors(shards(folder), progress), dtype, threads, level)
+
+    @classmethod
+    def random(cls, config: ModelConfig, dtype: Dtype, seed: int, threads: int = 0, level: str | None = None) -> Self:
+        """Weights with unit gain, so that routing and attention are not degenerate; for measuring."""
+        return cls(config, random_weights(config, seed), dtype, threads, level)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, latents: LatentPool) -> Tensor:
+        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab]."""
+        assert latents.c_kv.is_contiguous() and latents.c_kv.dtype in (torch.float32, torch.bfloat16)
+        logits = torch.empty(len(step.wanted), self.config.vocab_size)
+        sequences = (Sequence * len(step.spans))()
+        for sequence, span in zip(sequences, step.spans, strict=True):
+            sequence.pages = (c_int32 * len(span.pages))(*span.pages)
+            sequence.tokens, sequence.context = span.tokens, span.context
+        is_bf16 = latents.c_kv.dtype == torch.bfloat16
+        pool = Pool(latents.c_kv.data_ptr(), latents.k_pe.data_ptr(), latents.c_kv.shape[1], is_bf16)
+        ids = (c_int32 * len(step.ids))(*step.ids)
+        wanted = (c_int32 * len(step.wanted))(*step.wanted)
+        if self._library.native_forward(
+            self._model, ctypes.byref(pool), sequences, len(sequences), ids, wanted, len(wanted), logits.data_ptr()
+        ):
+            raise MemoryError("no memory for the activations of a step")
+        return logits
+
+    def use_attention(self, form: Attention) -> None:
+        """Fixes the form of attention that is otherwise chosen by its cost."""
+        self._library.native_use_attention(self._model, form)
+
+    def _use_threads(self, threads: int) -> None:
+        self.threads = threads
+        self._library.native_use_threads(self._model, threads)
+
+    def _fastest(self, most: int) -> int:
+        """The number of threads (1, 2, 4.. `most`) that decodes fastest here and now."""
+        latents = LatentPool(self.config, pages_for(MEASURED_STEPS), torch.float32, torch.device("cpu"))
+        step = Step(ids=(0,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,))
+        counts = [*(1 << n for n in range(most.bit_length()) if 1 << n < most), most]
+        took: dict[int, float] = {}
+        end = time.perf_counter() + MEASURED_S
+        for threads in counts:
+            self._use_threads(threads)
+            for _ in range(MEASURED_STEPS):
+                started = time.perf_counter()
+                self.forward(step, latents)
+                took[threads] = min(took.get(threads, float("inf")), time.perf_counter() - started)
+            if time.perf_counter() > end:
+                break
+        return min(took, key=lambda threads: took[threads])
+
+    def _put_all(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        missing = dict(expected_shapes(self.config))
+        for name, tensor in weights:
+            shape = missing.pop(name, None)
+            if shape is None:
+                continue  # buffers that older exports carry, such as rotary inverse frequencies
+            if shape != tuple(tensor.shape):
+                raise CheckpointError(f"{name} has shape {list(tensor.shape)}, config.json says {list(shape)}.")
+            self._put_named(name, tensor)
+        if missing:
+            raise CheckpointError(f"The checkpoint lacks {len(missing)} tensors, first {min(missing)}: download it again.")
+
+    def _put_named(self, name: str, tensor: Tensor) -> None:
+        if slot := GLOBAL.get(name.removesuffix(".weight")):
+            return self._put(slot, -1, 0, tensor)
+        if name == "model.embed_tokens.weight":
+            self._put(Slot.EMBEDDING, -1, 0, tensor)
+            if self.config.tie_word_embeddings:
+                self._put(Slot.HEAD, -1, 0, tensor)
+            return None
+        match = LAYER_NAME.fullmatch(name)
+        assert match
+        layer, stem = int(match[1]), match[2]
+        if expert := EXPERT_NAME.fullmatch(stem):
+            return self._put(OF_EXPERT[expert[2]], layer, int(expert[1]), tensor)
+        if stem == "self_attn.kv_b_proj":
+            nope = self.config.qk_nope_head_dim
+            for head, rows in enumerate(tensor.chunk(self.config.num_attention_heads)):  # [N+V, R]
+                self._put(Slot.KEY_UP, layer, head, rows[:nope])
+                self._put(Slot.KEY_ABSORB, layer, head, rows[:nope].T)
+                self._put(Slot.VALUE_UP, layer, head, rows[nope:])
+            return None
+        return self._put(OF_LAYER[stem], layer, 0, tensor)
+
+    def _put(self, slot: Slot, layer: int, index: int, tensor: Tensor) -> None:
+        tensor = tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()
+        matrix = tensor if tensor.dim() == 2 else tensor[:, None]
+        failed = self._library.native_put(
+            self._model, slot, layer, index, matrix.data_ptr(), matrix.dtype == torch.bfloat16, *matrix.shape, *matrix.stride()
+        )
+        if failed:
+            raise CheckpointError("There is not enough memory for this model: choose a smaller one, or int8 weights.")
+
+
+def _numbers(config: ModelConfig, kind: int) -> Config:
+    grouped = config.topk_method == "group_limited_greedy"
+    return Config(
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        dense_inner=config.intermediate_size,
+        expert_inner=config.moe_intermediate_size,
+        layers=config.num_hidden_layers,
+        dense_layers=min(config.first_k_dense_replace, config.num_hidden_layers),
+        heads=config.num_attention_heads,
+        q_rank=config.q_lora_rank or 0,
+        latent=config.kv_lora_rank,
+        nope=config.qk_nope_head_dim,
+        rope=config.qk_rope_head_dim,
+        value=config.v_head_dim,
+        experts=config.n_routed_experts or 0,
+        shared=config.n_shared_experts or 0,
+        top_k=config.num_experts_per_tok or 0,
+        groups=(config.n_group or 1) if grouped else 1,
+        top_groups=(config.topk_group or 1) if grouped else 1,
+        kind=kind,
+        routed_scale=config.routed_scaling_factor,
+        eps=config.rms_norm_eps,
+        softmax_scale=config.softmax_scale,
+        rope_magnitude=config.rope_magnitude,
+    )
+
+
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every tensor in a checkpoint of `config`, one per expert as the hub has them."""
+    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        stem = f"model.layers.{layer}"
+        yield f"{stem}.input_layernorm.weight", (hidden,)
+        if config.q_lora_rank is None:
+            yield f"{stem}.self_attn.q_proj.weight", (heads * config.qk_head_dim, hidden)
+        else:
+            yield f"{stem}.self_attn.q_a_proj.weight", (config.q_lora_rank, hidden)
+            yield f"{stem}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
+            yield f"{stem}.self_attn.q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank)
+        yield f"{stem}.self_attn.kv_a_proj_with_mqa.weight", (config.latent_dim, hidden)
+        yield f"{stem}.self_attn.kv_a_layernorm.weight", (latent,)
+        yield f"{stem}.self_attn.kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
+        yield f"{stem}.self_attn.o_proj.weight", (hidden, heads * config.v_head_dim)
+        yield f"{stem}.post_attention_layernorm.weight", (hidden,)
+        if layer < config.first_k_dense_replace:
+            yield from _mlp_shapes(f"{stem}.mlp", hidden, config.intermediate_size)
+            continue
+        yield f"{stem}.mlp.gate.weight", (config.n_routed_experts or 0, hidden)
+        for expert in range(config.n_routed_experts or 0):
+            yield from _mlp_shapes(f"{stem}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
+        if config.n_shared_experts:
+            yield from _mlp_shapes(f"{stem}.mlp.shared_experts", hidden, config.n_shared_experts * config.moe_intermediate_size)
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def _mlp_shapes(stem: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{stem}.gate_proj.weight", (inner, hidden)
+    yield f"{stem}.up_proj.weight", (inner, hidden)
+    yield f"{stem}.down_proj.weight", (hidden, inner)
+
+
+def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint, drawn with unit gain; large ones share their numbers, since drawing takes longer than packing."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(1 << 24, generator=generator)
+    for name, shape in expected_shapes(config):
+        if len(shape) == 1:
+            yield name, torch.ones(shape)
+            continue
+        size = shape[0] * shape[1]
+        first = int(torch.randint(0, max(1, len(drawn) - size), (1,), generator=generator))
+        numbers = (drawn[first : first + size] if size <= len(drawn) else drawn.repeat(-(-size // len(drawn)))[:size]).view(shape)
+        yield name, numbers if "embed_tokens" in name else numbers / shape[1] ** 0.5
