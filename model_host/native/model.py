@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model_host.batch import Span, Step
-from model_host.checkpoints import shards, tensors
+from model_host.checkpoints import tensors
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.generation import Progress
@@ -24,6 +24,7 @@ from model_host.latents import LatentPool
 from model_host.models.deepseek_v2 import rope_frequencies
 from model_host.native.library import Attention, Config, Pool, Sequence, Slot, available_levels, load, why_unavailable
 from model_host.pages import pages_for
+from model_host.shards import shards
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}

@@ -14,9 +14,8 @@ from transformers import DeepseekV2ForCausalLM
 from model_host.catalogue import CATALOGUE, IDENTIFYING, LARGE, LITE, Entry
 from model_host.checkpoints import load_model
 from model_host.config import ModelConfig
-from model_host.latents import LatentCache
 from model_host.models.deepseek_v2 import Model
-from tests.model_host import twins
+from tests.model_host import sequences, twins
 
 TOKENS = 8 * twins.ORIGINAL_POSITIONS
 """Positions far beyond the length that YaRN stretches."""
@@ -28,10 +27,7 @@ ENTRY_OF = {"lite": BY_NAME["DeepSeek-Coder-V2-Lite-Base"], "large": BY_NAME["De
 
 def logits_of(model: Model, ids: Tensor) -> Tensor:
     """Logits of every position: a long first part, then a short one, then token by token."""
-    cache = LatentCache(model.config, model.lm_head.weight.dtype, ids.device)
-    parts = ids.split([len(ids) - 24, 20, 1, 1, 1, 1])
-    with torch.inference_mode():
-        return torch.cat([model(part, cache, last=len(part)) for part in parts])
+    return sequences.logits_of(model, ids, len(ids) - 24, 20, 1, 1, 1, 1)
 
 
 def loaded(folder: Path, dtype: str = "float32") -> Model:

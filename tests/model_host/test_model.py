@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from model_host.batch import Span, Step
 from model_host.checkpoints import STARTER, load_model
@@ -17,31 +17,7 @@ from model_host.config import ModelConfig
 from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import Experts, Model
 from model_host.pages import pages_for
-
-CPU = torch.device("cpu")
-
-
-class Contiguous:
-    """One sequence's latents in pages one after the other."""
-
-    def __init__(self, model: Model, tokens: int, short_tokens: int = 32) -> None:
-        self.model, self.short_tokens, self.length = model, short_tokens, 0
-        self.pages = tuple(range(pages_for(tokens)))
-        self.latents = LatentPool(model.config, len(self.pages), torch.float32, CPU)
-
-    def run(self, ids: Tensor) -> Tensor:
-        """Logits of every one of ids, the tokens after those that were run."""
-        self.length += len(ids)
-        span = Span(tokens=len(ids), context=self.length, pages=self.pages[: pages_for(self.length)])
-        step = Step(ids=tuple(ids.tolist()), spans=(span,), wanted=tuple(range(len(ids))))
-        with torch.inference_mode():
-            return self.model(Layout.of(step, CPU, self.short_tokens), self.latents)
-
-
-def logits_of(model: Model, ids: Tensor, *chunks: int, short_tokens: int = 32) -> Tensor:
-    """Logits of every position, run in chunks of the given sizes."""
-    sequence = Contiguous(model, len(ids), short_tokens)
-    return torch.cat([sequence.run(part) for part in ids.split(list(chunks or (len(ids),)))])
+from tests.model_host.sequences import CPU, logits_of
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +35,6 @@ def test_the_starter_gives_the_logits_that_transformers_gives(starter: Model, id
     with torch.inference_mode():
         expected = reference(ids[None]).logits[0]
     torch.testing.assert_close(logits_of(starter, ids), expected, atol=2e-3, rtol=1e-3)
-
-
-def test_the_family_of_236b_gives_the_logits_that_transformers_gives(tmp_path: Path, ids: Tensor):
-    """Low-rank queries, group-limited routing, scaled experts, YaRN: what the starter itself does not have."""
-    yarn = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
-    config = DeepseekV2Config(
-        vocab_size=8192, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-        n_routed_experts=16, n_shared_experts=2, num_experts_per_tok=4, topk_method="group_limited_greedy", n_group=4,
-        topk_group=2, routed_scaling_factor=16.0, first_k_dense_replace=1, max_position_embeddings=163_840,
-        rope_parameters=yarn | {"rope_theta": 10_000.0, "beta_fast": 32, "beta_slow": 1}, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    reference = DeepseekV2ForCausalLM(config).eval()
-    for parameter in reference.parameters():
-        parameter.data.normal_(std=0.08)
-    reference.save_pretrained(tmp_path)
-    ours = load_model(tmp_path, device="cpu", dtype="float32", progress=lambda what, share: None)
-    with torch.inference_mode():
-        expected = reference(ids[None]).logits[0]
-    torch.testing.assert_close(logits_of(ours, ids), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_attention_over_latents_equals_attention_over_expanded_keys(starter: Model, ids: Tensor):
