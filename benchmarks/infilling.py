@@ -113,7 +113,7 @@ async def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 cases of each set")
     parser.add_argument("--device", default="auto")
     choice = parser.parse_args()
-    engine = load_engine(locate(choice.model), device=choice.device, dtype="auto", threads=0, progress=lambda what, share: None)
+    engine = load_engine(locate(choice.model), device=choice.device)
     metrics: dict[str, float] = {}
     for name, file in SETS.items():
         if not (choice.data / file).is_file():

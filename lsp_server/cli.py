@@ -199,7 +199,7 @@ def doctor(
     for package in ("torch", "transformers", "tokenizers", "pygls", "lsprotocol"):
         table.add_row(package, installed(package))
     problems = [*problems, *wrong]
-    report = importlib.import_module("model_host.checkpoints").inspect(settings.model, settings.device, settings.dtype)
+    report = importlib.import_module("model_host.inspection").inspect(settings.model, settings.device, settings.dtype, settings.kernels)
     table.add_row("settings", f"{user_file()}{'' if user_file().exists() else ' (not there: defaults)'}")
     for name, fact in report.facts.items():
         table.add_row(name, fact)
@@ -213,9 +213,9 @@ def doctor(
 
 def show_models(console: Console) -> None:
     """The catalogue, a row a model, and where each would fit as it is published (bfloat16)."""
-    checkpoints = importlib.import_module("model_host.checkpoints")
+    inspection = importlib.import_module("model_host.inspection")
     table = Table("model", "size", "memory", "context", "infills", "chats", "fits on", box=None, pad_edge=False)
-    for entry, places in checkpoints.fitting():
+    for entry, places in inspection.fitting():
         table.add_row(
             entry.name,
             f"{entry.parameters / 1e9:.0f} B",

@@ -27,6 +27,7 @@ def load_local(settings: Settings, progress: Progress) -> Engine:
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
+        kernels=settings.kernels,
         cache_bytes=settings.cache_mb * 1_000_000,
         progress=progress,
     )

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
-USER_LEVEL = frozenset({"model", "device", "dtype", "threads", "cache_mb"})
+USER_LEVEL = frozenset({"model", "device", "dtype", "threads", "kernels", "cache_mb"})
 
 
 class Part(BaseModel):
@@ -43,8 +43,9 @@ class Settings(Part):
 
     model: str = Field(default="starter", description="'starter', a checkpoint's folder, or a hub name that was downloaded.")
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of the weights in memory.")
-    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(default="auto", description="Type of the weights in memory.")
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the engine; 0 takes as many as prove fastest.")
+    kernels: Literal["auto", "torch"] = Field(default="auto", description="'torch' does without the compiled kernels for CPUs.")
     cache_mb: int = Field(default=1024, ge=16, description="Memory for what was computed of prompts and answers, in MB.")
     inline: InlineSettings = InlineSettings()
 

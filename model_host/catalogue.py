@@ -29,13 +29,14 @@ class Precision(StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
     INT8 = "int8"
     INT4 = "int4"
 
     @property
     def bits(self) -> float:
         """Per weight; 4-bit ones share a 16-bit scale among 64."""
-        return {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "int4": 4.0 + 16 / 64}[self]
+        return {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.0 + 16 / 64}[self]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +129,7 @@ class Entry:
 
     def weight_bytes(self, precision: Precision) -> int:
         """Memory of the weights. When they are quantized, embeddings, router and norms stay in bfloat16."""
-        if precision in (Precision.FLOAT32, Precision.BFLOAT16):
+        if precision.bits >= 16:
             return int(self.parameters * precision.bits / 8)
         kept = self.shape.rounded_parameters
         return int(kept * 2 + (self.parameters - kept) * precision.bits / 8)

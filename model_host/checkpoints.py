@@ -6,30 +6,24 @@ no code and no pickle, and nothing is downloaded unless `download` says that the
 
 import ctypes
 import gc
-import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model_host import catalogue
-from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.generation import Progress
 from model_host.models.deepseek_v2 import Model
 from model_host.shards import Shard, shards
-from model_host.tokenizer import Tokenizer
 
 STARTER = Path(__file__).parent / "starter" / "checkpoint"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json", "*.jinja"]
@@ -84,22 +78,19 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def choose_dtype(wanted: str, device: torch.device, parameters: int) -> torch.dtype:
+def choose_precision(wanted: str, device: torch.device, parameters: int) -> str:
     """`wanted`, or for "auto" float32 where it is cheap (a small model on a CPU), else bfloat16."""
     if wanted == "auto":
-        return torch.float32 if device.type == "cpu" and parameters <= SMALL_PARAMETERS else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+        return "float32" if device.type == "cpu" and parameters <= SMALL_PARAMETERS else "bfloat16"
+    return wanted
 
 
-def load_model(folder: Path, *, device: str, dtype: str, progress: Progress) -> Model:
-    """Builds the model of `folder` and fills it tensor by tensor. Raises CheckpointError, naming what is wrong, before memory
-    is taken: everything but the weights themselves is known from the headers."""
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype, progress: Progress) -> Model:
+    """Builds the torch model of `folder` and fills it tensor by tensor. Raises CheckpointError, naming what is wrong."""
     config = ModelConfig.read(folder)
-    parts = shards(folder)
+    parts = checked_shards(folder, config)
     model = outline(config)
-    check(folder, parts, model)
-    where = choose_device(device)
-    allocate(model, where, choose_dtype(dtype, where, config.parameters))
+    allocate(model, device, dtype)
     destinations = dict(destinations_in(model))
     for name, tensor in tensors(parts, progress):
         if name in destinations:  # older exports carry buffers too, such as rotary inverse frequencies
@@ -143,9 +134,11 @@ def release_memory() -> None:
         trim(0)  # glibc keeps freed blocks of less than 32 MB
 
 
-def check(folder: Path, parts: list[Shard], model: Model) -> None:
-    """Holds what the shards' headers say against the model. Raises CheckpointError."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in destinations_in(model)}
+def checked_shards(folder: Path, config: ModelConfig) -> list[Shard]:
+    """The shards of `folder`, their headers held against `config`: what is wrong is known before memory is taken. Raises
+    CheckpointError."""
+    parts = shards(folder)
+    wanted = dict(hub_shapes(config))
     for stored in (stored for part in parts for stored in part.tensors):
         shape = wanted.pop(stored.name, None)
         if shape is None:
@@ -159,6 +152,44 @@ def check(folder: Path, parts: list[Shard], model: Model) -> None:
             )
     if wanted:
         raise CheckpointError(f"{folder} lacks {len(wanted)} tensors, first {min(wanted)}: download it again.")
+    return parts
+
+
+def hub_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every tensor in a checkpoint of `config`, one per expert as the hub has them."""
+    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        stem = f"model.layers.{layer}"
+        yield f"{stem}.input_layernorm.weight", (hidden,)
+        if config.q_lora_rank is None:
+            yield f"{stem}.self_attn.q_proj.weight", (heads * config.qk_head_dim, hidden)
+        else:
+            yield f"{stem}.self_attn.q_a_proj.weight", (config.q_lora_rank, hidden)
+            yield f"{stem}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
+            yield f"{stem}.self_attn.q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank)
+        yield f"{stem}.self_attn.kv_a_proj_with_mqa.weight", (config.latent_dim, hidden)
+        yield f"{stem}.self_attn.kv_a_layernorm.weight", (latent,)
+        yield f"{stem}.self_attn.kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
+        yield f"{stem}.self_attn.o_proj.weight", (hidden, heads * config.v_head_dim)
+        yield f"{stem}.post_attention_layernorm.weight", (hidden,)
+        if layer < config.first_k_dense_replace:
+            yield from _mlp_shapes(f"{stem}.mlp", hidden, config.intermediate_size)
+            continue
+        yield f"{stem}.mlp.gate.weight", (config.n_routed_experts or 0, hidden)
+        for expert in range(config.n_routed_experts or 0):
+            yield from _mlp_shapes(f"{stem}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
+        if config.n_shared_experts:
+            yield from _mlp_shapes(f"{stem}.mlp.shared_experts", hidden, config.n_shared_experts * config.moe_intermediate_size)
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def _mlp_shapes(stem: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{stem}.gate_proj.weight", (inner, hidden)
+    yield f"{stem}.up_proj.weight", (inner, hidden)
+    yield f"{stem}.down_proj.weight", (hidden, inner)
 
 
 def destinations_in(model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -176,100 +207,3 @@ def destinations_in(model: Model) -> Iterator[tuple[str, Tensor]]:
                     yield f"{stem}.{expert}.down_proj.weight", matrix  # [D, I]
         else:
             yield hub_name, parameter
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What would be loaded, in words, and what stands in its way."""
-
-    facts: dict[str, str]
-    problems: list[str]
-
-
-def inspect(name: str, device: str, dtype: str) -> Inspection:
-    """Looks at a checkpoint and the machine as loading would, without reading a weight."""
-    facts = {"devices": ", ".join(devices()), "models found": ", ".join(["starter", *hub_checkpoints()]), "model": name}
-    problems: list[str] = []
-    try:
-        folder = locate(name)
-        facts["folder"] = str(folder)
-        config = ModelConfig.read(folder)
-        entry = catalogue.described(folder, config)
-        facts |= known(entry)
-        parts = shards(folder)
-        check(folder, parts, outline(config))
-        where = choose_device(device)
-        kind = choose_dtype(dtype, where, config.parameters)
-        needed, free = config.parameters * kind.itemsize, free_bytes(where)
-        facts["weights"] = f"{sum(part.bytes for part in parts) / 1e6:,.1f} MB on disk, {needed / 1e6:,.1f} MB in memory"
-        facts["would load"] = f"{config.parameters / 1e6:,.1f} M parameters as {str(kind).removeprefix('torch.')} on {where}"
-        trained = f", trained for {entry.context_tokens:,}" if entry.context_tokens < config.max_position_embeddings else ""
-        kv_bytes = config.latent_dim * config.num_hidden_layers * kind.itemsize
-        facts["context"] = f"{config.max_position_embeddings:,} tokens{trained}, {kv_bytes:,} bytes each"
-        if free is not None and needed > free:
-            problems.append(
-                f"{name} needs {needed / 1e9:,.1f} GB for its weights, {where} has {free / 1e9:,.1f} GB free: choose a smaller model"
-                " (deepseek-lsp doctor --models), another device or dtype."
-            )
-        tokenizer = Tokenizer(folder)
-        facts["fill-in-the-middle"] = infilling_in_words(entry) if tokenizer.has_fim else "no"
-        if not tokenizer.has_fim:
-            problems.append(catalogue.without_infilling(folder))
-    except CheckpointError as error:
-        problems.append(str(error))
-    return Inspection(facts, problems)
-
-
-def known(entry: Entry) -> dict[str, str]:
-    """What the catalogue says of a checkpoint, or why it says nothing."""
-    if entry.licence is not None:
-        return {"known as": f"{entry.name}, good for {entry.good_for}", "licence": f"{entry.licence.name}, {entry.licence.url}"}
-    alike = [other.name.partition("/")[2] for other in catalogue.of_shape(entry.shape)]
-    if not alike:
-        return {}
-    return {"known as": f"one of {', '.join(alike)}, or made from it: they differ in weights only. A folder named so is told apart."}
-
-
-def infilling_in_words(entry: Entry) -> str:
-    if entry.infilling is Infilling.DOUBTFUL:
-        return f"has the tokens, but is said to do it badly: {catalogue.RECOMMENDED.name} does it well"
-    return "yes" if entry.infilling is Infilling.TRAINED else "yes, by its tokenizer"
-
-
-FIRST_CONTEXT_TOKENS = 16_384
-"""Context that has to fit beside the weights before a model is called fitting."""
-
-
-def fitting() -> list[tuple[Entry, list[str]]]:
-    """Every entry of the catalogue with the devices whose free memory holds it in bfloat16."""
-    places = {"cpu": free_bytes(torch.device("cpu"))}
-    places |= {f"cuda:{index}": free_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
-    return [
-        (entry, [name for name, free in places.items() if free and free >= entry.bytes_with(FIRST_CONTEXT_TOKENS, Precision.BFLOAT16)])
-        for entry in CATALOGUE
-    ]
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be taken now; of the CPU including what the system would give up of its file cache. None: not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        names = getattr(os, "sysconf_names", {})
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
-
-
-def devices() -> list[str]:
-    names = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
-    return [*names, f"cpu with {torch.get_num_threads()} threads"]
-
-
-def hub_checkpoints() -> list[str]:
-    """DeepSeek models in the hub's cache of this user."""
-    folders = Path(HF_HUB_CACHE).glob("models--*")
-    names = (folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
-    return sorted(name for name in names if "deepseek" in name.lower())

@@ -15,13 +15,13 @@ import llguidance
 import torch
 from torch import Tensor
 
-from model_host.checkpoints import load_model
+from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
 from model_host.generation import Chat, Cost, Facts, Finish, Generation, Progress, Request, TokenLogprob
 from model_host.grammar import GrammarGuide, vocabulary_of
 from model_host.pages import PAGE_TOKENS, PagePool, pages_for, shared
-from model_host.runner import Runner
+from model_host.runner import Kernels, Runner, load
 from model_host.sampling import Sampler, logprobs
 from model_host.scheduler import Part, Scheduler, Sequence
 from model_host.tokenizer import Encoded, TextDecoder, Tokenizer
@@ -35,25 +35,29 @@ FIRST_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 256, 64, 4096
 
 
 def load_engine(
-    folder: Path, *, device: str, dtype: str, threads: int, progress: Progress, cache_bytes: int = CACHE_BYTES
+    folder: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 0,
+    kernels: Kernels = "auto",
+    cache_bytes: int = CACHE_BYTES,
+    progress: Progress = lambda what, share: None,
 ) -> "LocalEngine":
     """Reads the checkpoint in `folder` (tokenizer first: it fails fast) and starts its engine. Raises CheckpointError."""
     started = time.monotonic()
-    if threads:
-        torch.set_num_threads(threads)
     tokenizer = Tokenizer(folder)
     progress("reading weights", 0.0)
-    model = load_model(folder, device=device, dtype=dtype, progress=progress)
+    model = load(folder, device=device, dtype=dtype, threads=threads, kernels=kernels, progress=progress)
     if tokenizer.bos_id != model.config.bos_token_id:
         raise CheckpointError(f"{folder}: tokenizer and config.json disagree on the beginning-of-sentence token: they are of two models.")
     runner = Runner(model, cache_bytes)
-    parameters = list(model.parameters())
     facts = Facts(
         checkpoint=str(folder),
-        device=str(runner.device),
-        dtype=str(runner.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in parameters),
-        weight_bytes=sum(p.nbytes for p in parameters),
+        device=str(model.device),
+        dtype=model.precision,
+        parameters=model.config.parameters,
+        weight_bytes=model.weight_bytes,
         context_tokens=model.config.max_position_embeddings,
         has_fim=tokenizer.has_fim,
         load_s=time.monotonic() - started,
@@ -126,6 +130,8 @@ class LocalEngine:
         self._closed.set()
         self._queue.put(None)
         self._thread.join()
+        self.__dict__.pop("_runner", None)  # the weights and the latents
+        release_memory()
 
     def _work(self) -> None:
         """The owner thread's life."""

@@ -1,70 +1,83 @@
-"""Runs steps on the model: plain integers in, logits out.
+"""Runs steps on a model: plain integers in, logits out.
 
-Owns: the model and its latent pool, and which form of attention pays. Knows nothing of requests.
+Owns: the latent pool and its size, and which form of the model runs here: compiled kernels on a CPU where they were built, torch
+elsewhere. Knows nothing of requests.
 """
 
-import time
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from model_host.batch import Copy, Span, Step
-from model_host.latents import LatentPool, Layout
-from model_host.models.deepseek_v2 import Model
+from model_host.batch import Copy, Step
+from model_host.checkpoints import choose_device, choose_precision
+from model_host.config import ModelConfig
+from model_host.eager import EagerModel
+from model_host.errors import CheckpointError
+from model_host.generation import Progress
+from model_host.latents import LatentPool
+from model_host.native.library import why_unavailable
+from model_host.native.model import NativeModel
 from model_host.pages import pages_for
 
-TRIED_TOKENS = (8, 16, 32, 64, 128, 256)
-TRIED_CONTEXT = 1024
+LEAST_TOKENS = 1024
+"""What the latent pool holds at least, however small it was asked to be."""
+
+Kernels = Literal["auto", "torch"]
+
+
+class StepModel(Protocol):
+    """A model that runs one step at a time."""
+
+    config: ModelConfig
+    device: torch.device
+    precision: str
+    """Of the weights, as settings name it."""
+    weight_bytes: int
+    latent_dtype: torch.dtype
+
+    def forward(self, step: Step, latents: LatentPool) -> Tensor:
+        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab] on the CPU."""
+        ...
 
 
 class Runner:
-    """A model in plain torch, on any device."""
-
-    def __init__(self, model: Model, cache_bytes: int) -> None:
+    def __init__(self, model: StepModel, cache_bytes: int) -> None:
         self.model = model
-        weight = model.lm_head.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        page_bytes = LatentPool.page_bytes(model.config, self.dtype)
-        self.pages = max(cache_bytes // page_bytes, pages_for(TRIED_CONTEXT))
+        page_bytes = LatentPool.page_bytes(model.config, model.latent_dtype)
+        self.pages = max(cache_bytes // page_bytes, pages_for(LEAST_TOKENS))
         self.cache_bytes = self.pages * page_bytes
-        self._latents = LatentPool(model.config, self.pages, self.dtype, self.device)
-        self.short_tokens = 0
-        self.short_tokens = self._measured_short_tokens()
+        self._latents = LatentPool(model.config, self.pages, model.latent_dtype, model.device)
 
-    @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Float32 logits [wanted, vocab] of the step, on the CPU."""
-        logits: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), self._latents)
-        return logits.cpu()
+        return self.model.forward(step, self._latents)
 
-    @torch.inference_mode()
     def copy(self, copy: Copy) -> None:
         self._latents.copy(copy.source, copy.target, copy.tokens)
 
-    @torch.inference_mode()
-    def _measured_short_tokens(self) -> int:
-        """The longest chunk for which attention over latents was the faster form on this machine, by one layer of a step."""
-        block = next(self.model.blocks())
-        pages = tuple(range(pages_for(TRIED_CONTEXT)))
-        self._latents.c_kv[0, :TRIED_CONTEXT].normal_()
-        self._latents.k_pe[0, :TRIED_CONTEXT].normal_()
-        longest = 1
-        for tokens in TRIED_TOKENS:
-            step = Step(ids=(0,) * tokens, spans=(Span(tokens=tokens, context=TRIED_CONTEXT, pages=pages),), wanted=())
-            took = {True: 0.0, False: 0.0}
-            for is_short in (True, False, True, False):
-                layout = Layout.of(step, self.device, tokens if is_short else 0)
-                x = self.model.embed_tokens(layout.ids)
-                rotation = self.model.rotation(layout.positions)
-                started = self._clock()
-                block.self_attn(x, rotation, 0, self._latents, layout)
-                took[is_short] = self._clock() - started  # the second of each counts, the first warms up
-            if took[False] < took[True]:
-                break
-            longest = tokens
-        return longest
 
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+def load(folder: Path, *, device: str, dtype: str, threads: int, kernels: Kernels, progress: Progress) -> StepModel:
+    """The model of the checkpoint in `folder`, in the fastest form that this machine has. Raises CheckpointError."""
+    where = choose_device(device)
+    precision = choose_precision(dtype, where, ModelConfig.read(folder).parameters)
+    reason = without_native(where, precision, kernels)
+    if reason is None:
+        return NativeModel.load(folder, precision, progress, threads)
+    if precision == "int8":
+        raise CheckpointError(f"dtype int8 needs the compiled kernels for CPUs. {reason}")
+    if threads:
+        torch.set_num_threads(threads)
+    return EagerModel.load(folder, where, getattr(torch, precision), progress)
+
+
+def without_native(device: torch.device, precision: str, kernels: Kernels) -> str | None:
+    """A sentence for the user when the compiled kernels are not what would run, or None when they are."""
+    if device.type != "cpu":
+        return f"The device is {device}."
+    if kernels == "torch":
+        return "The setting kernels is 'torch'."
+    if precision == "float16":
+        return "The compiled kernels have no float16: choose bfloat16."
+    return why_unavailable()

@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 from ctypes import c_float, c_int32
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from model_host.batch import Span, Step
-from model_host.checkpoints import tensors
+from model_host.checkpoints import checked_shards, hub_shapes, tensors
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.generation import Progress
@@ -24,9 +24,7 @@ from model_host.latents import LatentPool
 from model_host.models.deepseek_v2 import rope_frequencies
 from model_host.native.library import Attention, Config, Pool, Sequence, Slot, available_levels, load, why_unavailable
 from model_host.pages import pages_for
-from model_host.shards import shards
 
-Dtype = Literal["float32", "bfloat16", "int8"]
 KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 GLOBAL = {"lm_head": Slot.HEAD, "model.norm": Slot.FINAL_NORM}
 OF_LAYER = {
@@ -55,16 +53,18 @@ MEASURED_STEPS = 4
 
 
 class NativeModel:
-    """A model whose `forward` is one call of compiled code. Used by one thread; frees its weights when it goes."""
+    """A model whose `forward` is one call of compiled code. Satisfies model_host.runner.StepModel; used by one thread at a time; frees
+    its weights when it goes."""
 
     def __init__(
-        self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: Dtype, threads: int = 0, level: str | None = None
+        self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: str, threads: int = 0, level: str | None = None
     ) -> None:
         """Packs `weights`, named as in a checkpoint, one after the other. 0 threads: as many as were measured to be fastest.
         Raises CheckpointError when a tensor is missing or of another shape than `config` says."""
         if reason := why_unavailable():
             raise CheckpointError(reason)
-        self.config, self.dtype = config, dtype
+        self.config, self.precision, self.device = config, dtype, torch.device("cpu")
+        self.latent_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         self.level = level or available_levels()[-1]
         self._library = load(self.level)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -85,12 +85,13 @@ class NativeModel:
             self._library.native_destroy(self._model)
 
     @classmethod
-    def load(cls, folder: Path, dtype: Dtype, progress: Progress, threads: int = 0, level: str | None = None) -> Self:
+    def load(cls, folder: Path, dtype: str, progress: Progress, threads: int = 0, level: str | None = None) -> Self:
         """Reads the checkpoint in `folder` tensor by tensor. Raises CheckpointError, naming what is wrong."""
-        return cls(ModelConfig.read(folder), tensors(shards(folder), progress), dtype, threads, level)
+        config = ModelConfig.read(folder)
+        return cls(config, tensors(checked_shards(folder, config), progress), dtype, threads, level)
 
     @classmethod
-    def random(cls, config: ModelConfig, dtype: Dtype, seed: int, threads: int = 0, level: str | None = None) -> Self:
+    def random(cls, config: ModelConfig, dtype: str, seed: int, threads: int = 0, level: str | None = None) -> Self:
         """Weights with unit gain, so that routing and attention are not degenerate; for measuring."""
         return cls(config, random_weights(config, seed), dtype, threads, level)
 
@@ -139,7 +140,7 @@ class NativeModel:
         return min(took, key=lambda threads: took[threads])
 
     def _put_all(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        missing = dict(expected_shapes(self.config))
+        missing = dict(hub_shapes(self.config))
         for name, tensor in weights:
             shape = missing.pop(name, None)
             if shape is None:
@@ -210,48 +211,11 @@ def _numbers(config: ModelConfig, kind: int) -> Config:
     )
 
 
-def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name and shape of every tensor in a checkpoint of `config`, one per expert as the hub has them."""
-    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        stem = f"model.layers.{layer}"
-        yield f"{stem}.input_layernorm.weight", (hidden,)
-        if config.q_lora_rank is None:
-            yield f"{stem}.self_attn.q_proj.weight", (heads * config.qk_head_dim, hidden)
-        else:
-            yield f"{stem}.self_attn.q_a_proj.weight", (config.q_lora_rank, hidden)
-            yield f"{stem}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
-            yield f"{stem}.self_attn.q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank)
-        yield f"{stem}.self_attn.kv_a_proj_with_mqa.weight", (config.latent_dim, hidden)
-        yield f"{stem}.self_attn.kv_a_layernorm.weight", (latent,)
-        yield f"{stem}.self_attn.kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
-        yield f"{stem}.self_attn.o_proj.weight", (hidden, heads * config.v_head_dim)
-        yield f"{stem}.post_attention_layernorm.weight", (hidden,)
-        if layer < config.first_k_dense_replace:
-            yield from _mlp_shapes(f"{stem}.mlp", hidden, config.intermediate_size)
-            continue
-        yield f"{stem}.mlp.gate.weight", (config.n_routed_experts or 0, hidden)
-        for expert in range(config.n_routed_experts or 0):
-            yield from _mlp_shapes(f"{stem}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
-        if config.n_shared_experts:
-            yield from _mlp_shapes(f"{stem}.mlp.shared_experts", hidden, config.n_shared_experts * config.moe_intermediate_size)
-    yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
-
-
-def _mlp_shapes(stem: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{stem}.gate_proj.weight", (inner, hidden)
-    yield f"{stem}.up_proj.weight", (inner, hidden)
-    yield f"{stem}.down_proj.weight", (hidden, inner)
-
-
 def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint, drawn with unit gain; large ones share their numbers, since drawing takes longer than packing."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(1 << 24, generator=generator)
-    for name, shape in expected_shapes(config):
+    for name, shape in hub_shapes(config):
         if len(shape) == 1:
             yield name, torch.ones(shape)
             continue

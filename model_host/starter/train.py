@@ -207,7 +207,7 @@ class Run:
         started = time.monotonic()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         if self.start:
-            model = load_model(self.start, device="cpu", dtype="float32", progress=lambda what, share: None).train()
+            model = load_model(self.start, device=torch.device("cpu"), dtype=torch.float32, progress=lambda what, share: None).train()
             model.requires_grad_(True)
         else:
             model = Model(self.config)

@@ -30,7 +30,7 @@ def measure(folder: Path, dtype: str) -> dict[str, object]:
         owned.append(status("RssAnon"))
 
     def load(_: int = 0) -> Model:
-        return load_model(folder, device="cpu", dtype=dtype, progress=progress)
+        return load_model(folder, device=torch.device("cpu"), dtype=getattr(torch, dtype), progress=progress)
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest total starts from here
     before, total_before = status("RssAnon"), status("VmRSS")

@@ -9,10 +9,11 @@ import pytest
 
 from model_host import catalogue
 from model_host.catalogue import CATALOGUE, LARGE, LITE, RECOMMENDED, Entry, Infilling, Precision, described, find, names_of, of_shape
-from model_host.checkpoints import STARTER, fitting, free_bytes, inspect
+from model_host.checkpoints import STARTER
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.generation import Fim
+from model_host.inspection import fitting, free_bytes, inspect
 from model_host.tokenizer import Tokenizer
 from tests.model_host import twins
 
@@ -144,7 +145,7 @@ def test_a_release_that_never_learned_to_infill_is_refused_though_its_tokenizer_
 def test_inspecting_tells_what_the_catalogue_knows(shaped_as_twins: None, tmp_path: Path):
     def inspected(name: str, release: str) -> tuple[dict[str, str], list[str]]:
         folder = twins.write(tmp_path / name, twins.hub_config(BY_NAME[release]))
-        report = inspect(str(folder), "cpu", "auto")
+        report = inspect(str(folder), "cpu", "auto", "auto")
         return report.facts, report.problems
 
     facts, problems = inspected("DeepSeek-V2.5", "DeepSeek-V2.5")
@@ -160,18 +161,18 @@ def test_inspecting_tells_what_the_catalogue_knows(shaped_as_twins: None, tmp_pa
 
 
 def test_inspecting_says_when_the_weights_do_not_fit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("model_host.checkpoints.free_bytes", lambda device: 50_000_000)
-    (problem,) = inspect("starter", "cpu", "float32").problems
+    monkeypatch.setattr("model_host.inspection.free_bytes", lambda device: 50_000_000)
+    (problem,) = inspect("starter", "cpu", "float32", "auto").problems
     assert "needs 0.1 GB for its weights, cpu has 0.1 GB free: choose a smaller model" in problem
-    assert inspect("starter", "cpu", "bfloat16").problems == []
+    assert inspect("starter", "cpu", "bfloat16", "auto").problems == []
 
 
 def test_the_list_of_models_says_where_each_fits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("model_host.checkpoints.free_bytes", lambda device: 64 * 10**9)
+    monkeypatch.setattr("model_host.inspection.free_bytes", lambda device: 64 * 10**9)
     assert {entry.shape.num_hidden_layers for entry, places in fitting() if "cpu" in places} == {LITE.num_hidden_layers}
-    monkeypatch.setattr("model_host.checkpoints.free_bytes", lambda device: 500 * 10**9)
+    monkeypatch.setattr("model_host.inspection.free_bytes", lambda device: 500 * 10**9)
     assert all("cpu" in places for _, places in fitting())
-    monkeypatch.setattr("model_host.checkpoints.free_bytes", lambda device: None)
+    monkeypatch.setattr("model_host.inspection.free_bytes", lambda device: None)
     assert not any(places for _, places in fitting())
 
 

@@ -5,16 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from model_host.checkpoints import STARTER, choose_device, inspect, load_model, locate
+from model_host.checkpoints import STARTER, choose_device, load_model, locate
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
+from model_host.inspection import inspect
 from model_host.shards import shards
 from model_host.tokenizer import Tokenizer
 
 
 def load(folder: Path) -> None:
-    load_model(folder, device="cpu", dtype="auto", progress=lambda what, share: None)
+    load_model(folder, device=torch.device("cpu"), dtype=torch.float32, progress=lambda what, share: None)
 
 
 def test_a_name_that_is_nothing_says_what_a_name_can_be():
@@ -123,7 +125,7 @@ def test_a_damaged_tokenizer_is_named(copied: Path):
 
 
 def test_inspecting_tells_facts_and_what_is_wrong(copied: Path):
-    assert inspect("starter", "cpu", "auto").problems == []
+    assert inspect("starter", "cpu", "auto", "auto").problems == []
     sorted(copied.glob("*.safetensors"))[0].unlink()
-    (problem,) = inspect(str(copied), "cpu", "auto").problems
+    (problem,) = inspect(str(copied), "cpu", "auto", "auto").problems
     assert "shards" in problem

@@ -21,7 +21,7 @@ SUFFIX = "\n\ndef main():\n    print(Shop('a').label())\n"
 
 
 def fresh() -> LocalEngine:
-    return load_engine(STARTER, device="cpu", dtype="float32", threads=0, progress=lambda what, share: None)
+    return load_engine(STARTER, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ async def test_a_repetition_penalty_changes_what_is_repeated(engine: LocalEngine
 
 
 async def test_a_chat_that_the_cache_cannot_hold_is_refused_with_numbers():
-    engine = load_engine(STARTER, device="cpu", dtype="float32", threads=0, progress=lambda what, share: None, cache_bytes=1)
+    engine = load_engine(STARTER, device="cpu", cache_bytes=1)
     try:
         with pytest.raises(RequestError, match=r"\d MB of cache for [\d,]+ tokens, and \d+ MB"):
             await ask(engine, Request(prompt=Chat(messages=(Message(role="user", content="word " * 1500),)), max_new_tokens=10))
@@ -260,7 +260,7 @@ async def test_a_chat_that_the_cache_cannot_hold_is_refused_with_numbers():
 
 
 async def test_answers_that_need_more_pages_than_there_are_take_turns_and_say_what_they_say_alone():
-    engine = load_engine(STARTER, device="cpu", dtype="float32", threads=0, progress=lambda what, share: None, cache_bytes=1)
+    engine = load_engine(STARTER, device="cpu", cache_bytes=1)
     try:
         asked = [
             replace(hole("        ", prefix=f"# {number}\n" + PREFIX * 8, tokens=30, temperature=0.8, seed=number), priority=priority)

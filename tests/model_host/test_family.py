@@ -31,7 +31,7 @@ def logits_of(model: Model, ids: Tensor) -> Tensor:
 
 
 def loaded(folder: Path, dtype: str = "float32") -> Model:
-    return load_model(folder, device="cpu", dtype=dtype, progress=lambda what, share: None)
+    return load_model(folder, device=torch.device("cpu"), dtype=getattr(torch, dtype), progress=lambda what, share: None)
 
 
 def reference(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

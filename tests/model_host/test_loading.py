@@ -28,7 +28,7 @@ MB = 1_000_000
 
 
 def load(folder: Path) -> Model:
-    return load_model(folder, device="cpu", dtype="float32", progress=lambda what, share: None)
+    return load_model(folder, device=torch.device("cpu"), dtype=torch.float32, progress=lambda what, share: None)
 
 
 def same(one: Model, other: Model) -> bool:

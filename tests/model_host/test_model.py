@@ -22,7 +22,7 @@ from tests.model_host.sequences import CPU, logits_of
 
 @pytest.fixture(scope="module")
 def starter() -> Model:
-    return load_model(STARTER, device="cpu", dtype="float32", progress=lambda what, share: None)
+    return load_model(STARTER, device=torch.device("cpu"), dtype=torch.float32, progress=lambda what, share: None)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,6 @@ def test_a_checkpoint_in_one_file_loads_as_one_in_shards(copied: Path, starter: 
         shard.unlink()
     (copied / "model.safetensors.index.json").unlink()
     save_file(whole, copied / "model.safetensors")
-    one = load_model(copied, device="cpu", dtype="float32", progress=lambda what, share: None)
+    one = load_model(copied, device=torch.device("cpu"), dtype=torch.float32, progress=lambda what, share: None)
     for ours, theirs in zip(one.parameters(), starter.parameters(), strict=True):
         assert torch.equal(ours, theirs)

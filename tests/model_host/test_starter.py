@@ -131,7 +131,7 @@ def test_training_goes_on_where_it_stopped_and_the_export_is_a_checkpoint(source
     assert [row["step"] for row in rows] == [1, 10, 20, 30]
     assert rows[-1]["held_out"] < rows[0]["held_out"] - 1
     export(config, run.masters(), tmp_path / "out", tokenizer_file.parent)
-    model = load_model(tmp_path / "out", device="cpu", dtype="float32", progress=lambda what, share: None)
+    model = load_model(tmp_path / "out", device=torch.device("cpu"), dtype=torch.float32, progress=lambda what, share: None)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, run.masters()[name].bfloat16().float())
 

@@ -1,0 +1,73 @@
+"""The model in plain torch, on any device: the reference for every faster form, and what runs where there is none.
+
+Owns: which form of attention pays for how many new tokens, by measurement.
+"""
+
+import time
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from model_host.batch import Span, Step
+from model_host.checkpoints import load_model
+from model_host.generation import Progress
+from model_host.latents import LatentPool, Layout
+from model_host.models.deepseek_v2 import Model
+from model_host.pages import pages_for
+
+TRIED_TOKENS = (8, 16, 32, 64, 128, 256)
+TRIED_CONTEXT = 1024
+
+
+class EagerModel:
+    """Satisfies model_host.runner.StepModel."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.config = model, model.config
+        weight = model.lm_head.weight
+        self.device, self.latent_dtype = weight.device, weight.dtype
+        self.precision = str(weight.dtype).removeprefix("torch.")
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.short_tokens = self._measured_short_tokens()
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress) -> Self:
+        """Reads the checkpoint in `folder`. Raises CheckpointError, naming what is wrong."""
+        return cls(load_model(folder, device=device, dtype=dtype, progress=progress))
+
+    @torch.inference_mode()
+    def forward(self, step: Step, latents: LatentPool) -> Tensor:
+        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab] on the CPU."""
+        logits: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents)
+        return logits.cpu()
+
+    @torch.inference_mode()
+    def _measured_short_tokens(self) -> int:
+        """The longest chunk for which attention over latents was the faster form on this machine, by one layer of a step."""
+        block = next(self.model.blocks())
+        pages = tuple(range(pages_for(TRIED_CONTEXT)))
+        latents = LatentPool(self.config, len(pages), self.latent_dtype, self.device)
+        latents.c_kv[0].normal_()
+        latents.k_pe[0].normal_()
+        longest = 1
+        for tokens in TRIED_TOKENS:
+            step = Step(ids=(0,) * tokens, spans=(Span(tokens=tokens, context=TRIED_CONTEXT, pages=pages),), wanted=())
+            took = {True: 0.0, False: 0.0}
+            for is_short in (True, False, True, False):
+                layout = Layout.of(step, self.device, tokens if is_short else 0)
+                x = self.model.embed_tokens(layout.ids)
+                rotation = self.model.rotation(layout.positions)
+                started = self._clock()
+                block.self_attn(x, rotation, 0, latents, layout)
+                took[is_short] = self._clock() - started  # the second of each counts, the first warms up
+            if took[False] < took[True]:
+                break
+            longest = tokens
+        return longest
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
