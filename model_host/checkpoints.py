@@ -30,8 +30,6 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokeni
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 READABLE = ("BF16", "F16", "F32", "F64")
 """Types of weights in files; each is converted to the one that is computed with."""
-SMALL_PARAMETERS = 500_000_000
-"""Up to this many a CPU computes in float32: twice the memory of bfloat16, and exact."""
 
 
 def locate(name: str, *, download: bool = False) -> Path:
@@ -76,13 +74,6 @@ def choose_device(wanted: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"Device {wanted!r} cannot be used ({str(error).splitlines()[0]}): set device to 'auto' or 'cpu'.") from error
     return device
-
-
-def choose_precision(wanted: str, device: torch.device, parameters: int) -> str:
-    """`wanted`, or for "auto" float32 where it is cheap (a small model on a CPU), else bfloat16."""
-    if wanted == "auto":
-        return "float32" if device.type == "cpu" and parameters <= SMALL_PARAMETERS else "bfloat16"
-    return wanted
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype, progress: Progress) -> Model:

@@ -181,7 +181,8 @@ class LocalEngine:
         """The prompt's ids. A hole's surroundings are cut to what fits; a question that does not fit is refused."""
         room = min(self._facts.context_tokens, self._runner.pages * PAGE_TOKENS) - request.max_new_tokens
         if not isinstance(request.prompt, Chat):
-            return self._tokenizer.encode_fim(request.prompt, max_tokens=room)
+            # A grammar speaks of what is added, which a word begun anew would not obey.
+            return self._tokenizer.encode_fim(request.prompt, max_tokens=room, heal=request.grammar is None)
         prompt = self._tokenizer.encode_chat(request.prompt)
         if len(prompt.ids) > self._facts.context_tokens - request.max_new_tokens:
             raise RequestError(

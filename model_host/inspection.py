@@ -12,11 +12,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from model_host import catalogue
 from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
-from model_host.checkpoints import checked_shards, choose_device, choose_precision, locate
+from model_host.checkpoints import checked_shards, locate
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.native.library import available_levels
-from model_host.runner import Kernels, without_native
+from model_host.runner import Kernels, choose
 from model_host.tokenizer import Tokenizer
 
 
@@ -39,13 +39,14 @@ def inspect(name: str, device: str, dtype: str, kernels: Kernels) -> Inspection:
         entry = catalogue.described(folder, config)
         facts |= known(entry)
         parts = checked_shards(folder, config)
-        where = choose_device(device)
-        kind = choose_precision(dtype, where, config.parameters)
+        form = choose(config, device=device, dtype=dtype, kernels=kernels)
+        where, kind = form.device, form.precision
         needed, free = entry.weight_bytes(Precision(kind)), free_bytes(where)
         facts["weights"] = f"{sum(part.bytes for part in parts) / 1e6:,.1f} MB on disk, {needed / 1e6:,.1f} MB in memory"
         facts["would load"] = f"{config.parameters / 1e6:,.1f} M parameters as {kind} on {where}"
-        reason = without_native(where, kind, kernels)
-        facts["kernels"] = f"plain torch. {reason}" if reason else f"compiled for this processor ({available_levels()[-1]})"
+        facts["kernels"] = (
+            f"plain torch. {form.torch_because}" if form.torch_because else f"compiled for this processor ({available_levels()[-1]})"
+        )
         trained = f", trained for {entry.context_tokens:,}" if entry.context_tokens < config.max_position_embeddings else ""
         kv_bytes = entry.kv_bytes_per_token(Precision.FLOAT32 if kind == "float32" else Precision.BFLOAT16)
         facts["context"] = f"{config.max_position_embeddings:,} tokens{trained}, {kv_bytes:,} bytes each"

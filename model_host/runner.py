@@ -4,6 +4,7 @@ Owns: the latent pool and its size, and which form of the model runs here: compi
 elsewhere. Knows nothing of requests.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model_host.batch import Copy, Step
-from model_host.checkpoints import choose_device, choose_precision
+from model_host.checkpoints import choose_device
 from model_host.config import ModelConfig
 from model_host.eager import EagerModel
 from model_host.errors import CheckpointError
@@ -23,6 +24,8 @@ from model_host.pages import pages_for
 
 LEAST_TOKENS = 1024
 """What the latent pool holds at least, however small it was asked to be."""
+
+SMALL_PARAMETERS = 500_000_000
 
 Kernels = Literal["auto", "torch"]
 
@@ -60,24 +63,38 @@ class Runner:
 
 def load(folder: Path, *, device: str, dtype: str, threads: int, kernels: Kernels, progress: Progress) -> StepModel:
     """The model of the checkpoint in `folder`, in the fastest form that this machine has. Raises CheckpointError."""
-    where = choose_device(device)
-    precision = choose_precision(dtype, where, ModelConfig.read(folder).parameters)
-    reason = without_native(where, precision, kernels)
-    if reason is None:
-        return NativeModel.load(folder, precision, progress, threads)
-    if precision == "int8":
-        raise CheckpointError(f"dtype int8 needs the compiled kernels for CPUs. {reason}")
+    form = choose(ModelConfig.read(folder), device=device, dtype=dtype, kernels=kernels)
+    if form.torch_because is None:
+        return NativeModel.load(folder, form.precision, progress, threads)
+    if form.precision == "int8":
+        raise CheckpointError(f"dtype int8 needs the compiled kernels for CPUs. {form.torch_because}")
     if threads:
         torch.set_num_threads(threads)
-    return EagerModel.load(folder, where, getattr(torch, precision), progress)
+    return EagerModel.load(folder, form.device, getattr(torch, form.precision), progress)
 
 
-def without_native(device: torch.device, precision: str, kernels: Kernels) -> str | None:
-    """A sentence for the user when the compiled kernels are not what would run, or None when they are."""
-    if device.type != "cpu":
-        return f"The device is {device}."
-    if kernels == "torch":
-        return "The setting kernels is 'torch'."
-    if precision == "float16":
-        return "The compiled kernels have no float16: choose bfloat16."
-    return why_unavailable()
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a checkpoint runs here."""
+
+    device: torch.device
+    precision: str
+    torch_because: str | None
+    """Why torch runs it, a sentence for the user, or None when the compiled kernels do."""
+
+
+def choose(config: ModelConfig, *, device: str, dtype: str, kernels: Kernels) -> Form:
+    """For dtype "auto" bfloat16, as the family was trained; but float32 for a small model in torch on a CPU, where it is exact and
+    no slower. Raises CheckpointError when there is no such device."""
+    where = choose_device(device)
+    reason: str | None
+    if where.type != "cpu":
+        reason = f"The device is {where}."
+    elif kernels == "torch":
+        reason = "The setting kernels is 'torch'."
+    elif dtype == "float16":
+        reason = "The compiled kernels have no float16: choose bfloat16."
+    else:
+        reason = why_unavailable()
+    exact = reason is not None and where.type == "cpu" and config.parameters <= SMALL_PARAMETERS
+    return Form(where, ("float32" if exact else "bfloat16") if dtype == "auto" else dtype, reason)

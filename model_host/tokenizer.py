@@ -93,14 +93,15 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_fim(self, prompt: Fim, max_tokens: int) -> Encoded:
+    def encode_fim(self, prompt: Fim, max_tokens: int, *, heal: bool = True) -> Encoded:
         """<bos> <fim_begin> prefix <fim_hole> suffix <fim_end> middle: PSM, the order the 16B was trained on (arXiv 2406.11931).
 
-        A prompt of more than `max_tokens` loses the far end of the suffix, then the far start of the prefix.
+        Healed, the answer begins anew with the word that is being typed. A prompt of more than `max_tokens` loses the far end of the
+        suffix, then the far start of the prefix.
         """
         if not self.has_fim:
             raise CheckpointError(catalogue.without_infilling(self._folder))
-        kept, must_begin = self.healed(prompt.middle)
+        kept, must_begin = self.healed(prompt.middle) if heal else (prompt.middle, b"")
         prefix, suffix, middle = (self.encode(text) for text in (prompt.prefix, prompt.suffix, kept))
         begin, hole, end = (id for id in self._fim if id is not None)
         room = max(max_tokens - len(middle) - 4, 0)

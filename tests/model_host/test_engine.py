@@ -20,8 +20,9 @@ PREFIX = "import os\n\n\nclass Shop:\n    def __init__(self, name):\n        sel
 SUFFIX = "\n\ndef main():\n    print(Shop('a').label())\n"
 
 
-def fresh() -> LocalEngine:
-    return load_engine(STARTER, device="cpu")
+def fresh(**choice: int) -> LocalEngine:
+    """In float32, where neither a cache nor a batch can change a word."""
+    return load_engine(STARTER, device="cpu", dtype="float32", **choice)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,11 @@ async def ask(engine: LocalEngine, request: Request) -> tuple[str, Cost]:
 
 def hole(middle: str = "", prefix: str = PREFIX, suffix: str = SUFFIX, tokens: int = 8, **sampling: float) -> Request:
     return Request(prompt=Fim(prefix=prefix, suffix=suffix, middle=middle), max_new_tokens=tokens, sampling=Sampling(**sampling))
+
+
+def endless() -> Request:
+    """What goes on until it is stopped, whatever the model would like to say."""
+    return replace(hole("        # ", tokens=4000), grammar=Grammar(kind="regex", source="[a-z ]{9999}"))
 
 
 async def test_typing_on_reuses_everything_before_the_line_and_computes_only_what_was_typed(engine: LocalEngine):
@@ -91,7 +97,7 @@ async def test_files_one_goes_back_and_forth_between_keep_their_caches(engine: L
 
 
 async def test_a_cancelled_request_stops_within_one_decode_step_and_the_next_one_is_served(engine: LocalEngine):
-    generation = engine.submit(hole("        # ", tokens=4000, temperature=1.0))
+    generation = engine.submit(endless())
     pieces = 0
     async for _ in generation:
         pieces += 1
@@ -104,7 +110,7 @@ async def test_a_cancelled_request_stops_within_one_decode_step_and_the_next_one
 
 
 async def test_a_request_cancelled_while_it_waits_computes_nothing(engine: LocalEngine):
-    running = engine.submit(hole("        # ", tokens=200, temperature=1.0))
+    running = engine.submit(endless())
     waiting = engine.submit(hole(prefix="import a_very_different_file\n" * 50))
     waiting.cancel()
     running.cancel()
@@ -134,9 +140,7 @@ async def test_a_question_longer_than_the_context_says_so(engine: LocalEngine):
 
 
 async def test_a_file_longer_than_the_context_is_completed_from_its_nearest_part(edited_config):
-    engine = load_engine(
-        edited_config(max_position_embeddings=256), device="cpu", dtype="float32", threads=0, progress=lambda what, share: None
-    )
+    engine = load_engine(edited_config(max_position_embeddings=256), device="cpu")
     try:
         _, cost = await ask(engine, hole("    ", prefix="x = 1\n" * 2000))
     finally:
@@ -157,7 +161,7 @@ async def test_running_out_of_memory_fails_the_request_and_not_the_engine(engine
 
 async def test_closing_ends_what_runs_and_what_waits():
     engine = fresh()
-    running, waiting = engine.submit(hole("        # ", tokens=4000, temperature=1.0)), engine.submit(hole())
+    running, waiting = engine.submit(endless()), engine.submit(hole())
     await anext(running)
     await asyncio.to_thread(engine.close)
     for generation in (running, waiting):
@@ -228,18 +232,16 @@ async def test_log_probabilities_are_those_of_the_words_said(engine: LocalEngine
         assert len(token.alternatives) == 3
 
 
-async def test_a_suggestion_asked_for_again_is_verified_in_few_steps_and_says_the_same():
-    engine = fresh()
-    try:
-        request = hole("        ", tokens=40)
-        said, first = await ask(engine, request)
-        again, second = await ask(engine, replace(request, likely=said))
-        assert again == said and second.drafted_tokens > 0
-        assert second.accepted_tokens >= 0.8 * second.drafted_tokens > 0
-        wrong, third = await ask(engine, replace(request, likely="import nothing, of this\nsort = 3"))
-    finally:
-        engine.close()
-    assert wrong == said and third.new_tokens == first.new_tokens
+async def test_a_suggestion_asked_for_again_is_verified_in_few_steps_and_says_the_same(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine._pay, "is_worth_it", lambda: True)  # else how fast the machine happens to be would decide
+    request = hole("        for ", tokens=40)
+    said, first = await ask(engine, request)
+    again, second = await ask(engine, replace(request, likely=said))
+    wrong, third = await ask(engine, replace(request, likely="import nothing, of this\nsort = 3"))
+    assert again == wrong == said and third.new_tokens == first.new_tokens
+    assert second.accepted_tokens > second.new_tokens / 2 and third.accepted_tokens < second.accepted_tokens
 
 
 async def test_a_repetition_penalty_changes_what_is_repeated(engine: LocalEngine):
@@ -249,7 +251,7 @@ async def test_a_repetition_penalty_changes_what_is_repeated(engine: LocalEngine
 
 
 async def test_a_chat_that_the_cache_cannot_hold_is_refused_with_numbers():
-    engine = load_engine(STARTER, device="cpu", cache_bytes=1)
+    engine = fresh(cache_bytes=1)
     try:
         with pytest.raises(RequestError, match=r"\d MB of cache for [\d,]+ tokens, and \d+ MB"):
             await ask(engine, Request(prompt=Chat(messages=(Message(role="user", content="word " * 1500),)), max_new_tokens=10))
@@ -260,7 +262,7 @@ async def test_a_chat_that_the_cache_cannot_hold_is_refused_with_numbers():
 
 
 async def test_answers_that_need_more_pages_than_there_are_take_turns_and_say_what_they_say_alone():
-    engine = load_engine(STARTER, device="cpu", cache_bytes=1)
+    engine = fresh(cache_bytes=1)
     try:
         asked = [
             replace(hole("        ", prefix=f"# {number}\n" + PREFIX * 8, tokens=30, temperature=0.8, seed=number), priority=priority)
