@@ -6,6 +6,7 @@ Owns: the engine's life and the sentence that says where it stands. torch is imp
 
 import asyncio
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ Load = Callable[[Settings, Progress], Engine]
 def load_local(settings: Settings, progress: Progress) -> Engine:
     """Loads the checkpoint that `settings` names on this machine. Runs on any thread but the event loop's."""
     progress("starting torch", 0.0)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, by torch: threads that wait actively starve each other and the editor
     checkpoints = importlib.import_module("model_host.checkpoints")
     engine = importlib.import_module("model_host.engine")
     folder = checkpoints.locate(settings.model)
