@@ -112,8 +112,9 @@ async def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="cases of each set, spread evenly (default: all)")
     parser.add_argument("--quick", action="store_true", help="20 cases of each set")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     choice = parser.parse_args()
-    engine = load_engine(locate(choice.model), device=choice.device)
+    engine = load_engine(locate(choice.model), device=choice.device, dtype=choice.dtype)
     metrics: dict[str, float] = {}
     for name, file in SETS.items():
         if not (choice.data / file).is_file():

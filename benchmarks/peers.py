@@ -4,7 +4,6 @@ Owns: how a prompt is read and a token decoded by each, and what memory that too
 """
 
 import multiprocessing
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -119,7 +118,6 @@ class Worker:
     """A peer in its process."""
 
     def __init__(self, kind: str, config: ModelConfig, precision: str, threads: int, most_tokens: int) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads wait actively, which is ruinous beside anything else
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, kind, config, precision, threads, most_tokens), daemon=True)

@@ -531,7 +531,7 @@ struct Model {
 
     int64_t weight_bytes = 0;
 
-    Buffer<float> x_, normed_, q_, q_low_, kv_, mixed_, heads_out_, partial_, inner_, shared_inner_, affinity_, sorted_scale_;
+    Buffer<float> x_, turns_, normed_, q_, q_low_, kv_, mixed_, heads_out_, partial_, inner_, shared_inner_, affinity_, sorted_scale_;
     Buffer<Running> running_;
     Buffer<char> queries_, keys_, values_, sorted_;
     Formed a_, b_;
@@ -647,12 +647,24 @@ struct Model {
         });
     }
 
-    void rotate(float* pairs, int64_t at) const {
-        for (int i = 0; i < config.rope / 2; i++) {
-            float angle = float(at) * frequencies[i];
-            float c = std::cos(angle) * config.rope_magnitude, s = std::sin(angle) * config.rope_magnitude;
-            float a = pairs[2 * i], b = pairs[2 * i + 1];
-            pairs[2 * i] = a * c - b * s, pairs[2 * i + 1] = a * s + b * c;
+    // Cosines and sines of every row's position [rows, P], once a step: all layers and heads turn by the same angles.
+    void find_turns() {
+        const int64_t rows = int64_t(position.size()), P = config.rope;
+        float* turns = turns_.at_least(rows * P);
+        team.run(ceil_div(rows, 16), [&](int64_t task, int) {
+            for (int64_t row = task * 16; row < std::min(rows, (task + 1) * 16); row++)
+                for (int64_t i = 0; i < P / 2; i++) {
+                    float angle = float(position[row]) * frequencies[i], *to = turns + row * P + 2 * i;
+                    to[0] = std::cos(angle) * config.rope_magnitude, to[1] = std::sin(angle) * config.rope_magnitude;
+                }
+        });
+    }
+
+    void rotate(float* pairs, int64_t row) const {
+        const float* turn = turns_.get() + row * config.rope;
+        for (int i = 0; i < config.rope; i += 2) {
+            float a = pairs[i], b = pairs[i + 1];
+            pairs[i] = a * turn[i] - b * turn[i + 1], pairs[i + 1] = a * turn[i + 1] + b * turn[i];
         }
     }
 
@@ -1015,12 +1027,14 @@ struct Model {
     // Puts the latents and rotated keys of all rows into their slots.
     void write_latents(const Pool& pool, int64_t at, float* kv, int64_t stride) {
         const int64_t R = config.latent, P = config.rope;
-        team.run(int64_t(spans.size()), [&](int64_t task, int) {
-            const Span& span = spans[task];
-            for (int64_t row = span.first; row < span.first + span.count; row++) {
+        const int64_t rows = int64_t(position.size());
+        team.run(ceil_div(rows, 16), [&](int64_t task, int) {
+            auto after = [](int64_t row, const Span& span) { return row < span.first; };
+            for (int64_t row = task * 16; row < std::min(rows, (task + 1) * 16); row++) {
+                const Span& span = *(std::upper_bound(spans.begin(), spans.end(), row, after) - 1);
                 float *latent = kv + row * stride, *key = latent + R;
                 normalise(latent, layers[at].latent_norm, latent);
-                rotate(key, position[row]);
+                rotate(key, row);
                 int64_t slot = at * pool.slots + int64_t(span.pages[position[row] / PAGE]) * PAGE + position[row] % PAGE;
                 if (pool.is_bf16) {
                     for (int64_t i = 0; i < R; i++) static_cast<bf16*>(pool.c_kv)[slot * R + i] = to_bf16(latent[i]);
@@ -1057,6 +1071,7 @@ struct Model {
         }
         for (size_t i = 0; i < wanted.size(); i++) {
             std::memmove(x_.get() + i * stride, x_.get() + wanted[i] * stride, config.hidden * sizeof(float));
+            std::memmove(turns_.get() + i * config.rope, turns_.get() + wanted[i] * config.rope, config.rope * sizeof(float));
             position[i] = position[wanted[i]];
         }
         position.resize(wanted.size());
@@ -1097,7 +1112,7 @@ struct Model {
         team.run(ceil_div(rows, 4), [&](int64_t task, int) {
             for (int64_t row = task * 4; row < std::min(rows, (task + 1) * 4); row++) {
                 float* own = q + row * q_stride;
-                for (int64_t h = 0; h < H; h++) rotate(own + h * (N + P) + N, position[row]);
+                for (int64_t h = 0; h < H; h++) rotate(own + h * (N + P) + N, row);
                 for (int64_t i = 0; i < H * (N + P); i++) own[i] *= config.softmax_scale;
             }
         });
@@ -1261,6 +1276,7 @@ struct Model {
                 }
             }
         });
+        find_turns();
         wanted = rows_wanted;
         std::sort(wanted.begin(), wanted.end());
         wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
