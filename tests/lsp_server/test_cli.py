@@ -57,6 +57,17 @@ def test_doctor_says_what_would_be_loaded_and_that_nothing_is_wrong(tmp_path: Pa
         assert word in done.stdout
 
 
+def test_doctor_says_when_torch_runs_the_model_and_why(tmp_path: Path):
+    done = run("doctor", home=tmp_path, DEEPSEEK_LSP_KERNELS="torch")
+    assert done.returncode == 0, done.stdout
+    assert "plain torch. The setting kernels is 'torch'." in done.stdout and "as float32 on cpu" in done.stdout
+
+
+def test_int8_without_the_compiled_kernels_is_refused_with_the_reason(tmp_path: Path):
+    done = run("complete", f"{EXAMPLE}:24", home=tmp_path, DEEPSEEK_LSP_KERNELS="torch", DEEPSEEK_LSP_DTYPE="int8")
+    assert done.returncode != 0 and "dtype int8 needs the compiled kernels" in " ".join((done.stdout + done.stderr).split())
+
+
 def test_doctor_lists_the_models_there_are_and_which_to_choose(tmp_path: Path):
     done = run("doctor", "--models", home=tmp_path, COLUMNS="60")
     assert done.returncode == 0, done.stderr

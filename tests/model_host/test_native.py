@@ -1,7 +1,9 @@
 """The compiled forward pass against transformers' model, and against itself in every form it can take."""
 
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from model_host.checkpoints import STARTER
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError
 from model_host.latents import LatentPool
+from model_host.native import build
 from model_host.native.library import Attention, available_levels, why_unavailable
 from model_host.native.model import NativeModel, random_weights
 from model_host.pages import PAGE_TOKENS, pages_for
@@ -278,3 +281,16 @@ def test_a_tensor_of_another_shape_is_named():
     _, config, weights = reference()
     with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape"):
         NativeModel(config, [(name, tensor[:-1] if "lm_head" in name else tensor) for name, tensor in weights], "float32")
+
+
+def test_where_there_is_no_compiler_the_build_says_why_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (reason,) = build.build(tmp_path)
+    assert "no C++ compiler" in reason.read_text()
+
+
+def test_a_compiler_that_fails_leaves_its_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", f"{sys.executable} -c raise(SystemExit('error:_broken'))")
+    (reason,) = build.build(tmp_path)
+    assert "could not compile them for plain" in reason.read_text()
