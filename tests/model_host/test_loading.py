@@ -19,6 +19,7 @@ from model_host.catalogue import CATALOGUE
 from model_host.checkpoints import load_model, locate
 from model_host.errors import CheckpointError
 from model_host.models.deepseek_v2 import Model
+from model_host.native.library import available_levels
 from model_host.shards import INDEX, shards
 from tests.model_host import twins
 
@@ -86,22 +87,29 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return twins.write(tmp_path_factory.mktemp("heavy") / "twin", config, shards=10, blank=True)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_takes_the_memory_of_the_weights_once_and_letting_go_gives_it_back(heavy: Path, dtype: str):
-    command = [sys.executable, "-m", "tests.model_host.loading_process", str(heavy), dtype]
+COMPUTING = 40 * MB
+"""What threads keep of what they computed with, whatever the model's size: a tenth of this one's weights."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [("bfloat16", "torch"), ("float32", "torch"), *([("bfloat16", "auto"), ("int8", "auto")] if available_levels() else [])],
+)
+def test_loading_takes_the_memory_of_the_weights_once_and_letting_go_gives_it_back(heavy: Path, dtype: str, kernels: str):
+    command = [sys.executable, "-m", "tests.model_host.loading_process", str(heavy), dtype, kernels]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     largest_shard = max(part.file.stat().st_size for part in shards(heavy))
     largest_tensor = max(tensor.bytes for part in shards(heavy) for tensor in part.tensors)
     weights = found["weights"]
-    assert weights > 300 * MB
-    assert found["most_owned"] < weights + largest_tensor + 5 * MB
-    assert found["most_in_total"] < weights + largest_shard + 20 * MB
-    assert found["left"] < 5 * MB
-    assert found["owned_by_two"] < 2 * weights + 10 * MB
-    assert found["two_are_equal"] and found["two_share_nothing"]
-    assert found["left_by_two"] < 10 * MB
+    assert weights > 150 * MB
+    assert found["most_owned"] < weights + largest_tensor + COMPUTING
+    assert found["most_in_total"] < weights + largest_shard + 2 * COMPUTING
+    assert found["left"] < COMPUTING
+    assert found["owned_by_two"] < 2 * weights + 2 * COMPUTING
+    assert found["two_are_equal"]
+    assert found["left_by_two"] < COMPUTING
     assert 20 < len(found["shares"]) <= 100
     assert found["shares"] == sorted(set(found["shares"])) and found["shares"][-1] == 1.0
 
