@@ -1,4 +1,4 @@
-"""A process of its own that loads a checkpoint, once and twice at a time, and lets go of it: `python -m ... FOLDER DTYPE KERNELS`.
+"""A process of its own that loads a checkpoint, once and twice at a time, and lets go of it: `python -m ... FOLDER DTYPE FORM`.
 
 Prints what it measured as JSON: memory that belongs to the process alone (RssAnon of /proc/self/status; pages of mapped files are
 the system's cache and go back by themselves), and the highest total (VmHWM), pages of files included.
@@ -12,9 +12,28 @@ from pathlib import Path
 import torch
 
 from model_host.batch import Span, Step
-from model_host.checkpoints import STARTER, release_memory
+from model_host.checkpoints import load_model, release_memory
+from model_host.generation import Progress
+from model_host.latents import LatentPool
+from model_host.models.deepseek_v2 import Model
+from model_host.native.model import NativeModel
 from model_host.pages import PAGE_TOKENS
-from model_host.runner import Kernels, Runner, StepModel, load
+
+
+def load(folder: Path, dtype: str, form: str, progress: Progress) -> Model | NativeModel:
+    if form == "native":
+        return NativeModel.load(folder, dtype, progress, threads=1)
+    return load_model(folder, device=torch.device("cpu"), dtype=getattr(torch, dtype), progress=progress)
+
+
+def weights_of(model: Model | NativeModel) -> int:
+    return model.weight_bytes if isinstance(model, NativeModel) else sum(parameter.nbytes for parameter in model.parameters())
+
+
+def are_equal(one: Model | NativeModel, other: Model | NativeModel) -> bool:
+    if isinstance(one, NativeModel) and isinstance(other, NativeModel):
+        return torch.equal(logits_of(one), logits_of(other))
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def status(field: str) -> int:
@@ -23,12 +42,13 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def logits_of(model: StepModel) -> torch.Tensor:
+def logits_of(model: NativeModel) -> torch.Tensor:
     ids = tuple(range(PAGE_TOKENS))
-    return Runner(model, 0).run(Step(ids=ids, spans=(Span(tokens=PAGE_TOKENS, context=PAGE_TOKENS, pages=(0,)),), wanted=ids))
+    step = Step(ids=ids, spans=(Span(tokens=PAGE_TOKENS, context=PAGE_TOKENS, pages=(0,)),), wanted=ids)
+    return model.forward(step, LatentPool(model.config, 1, torch.float32, torch.device("cpu")))
 
 
-def measure(folder: Path, dtype: str, kernels: Kernels) -> dict[str, object]:
+def measure(folder: Path, dtype: str, form: str) -> dict[str, object]:
     shares: list[float] = []
     owned: list[int] = []
 
@@ -36,14 +56,14 @@ def measure(folder: Path, dtype: str, kernels: Kernels) -> dict[str, object]:
         shares.append(share)
         owned.append(status("RssAnon"))
 
-    def one_more(_: int = 0) -> StepModel:
-        return load(folder, device="cpu", dtype=dtype, threads=1, kernels=kernels, progress=progress)
+    def one_more(_: int = 0) -> Model | NativeModel:
+        return load(folder, dtype, form, progress)
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest total starts from here
     before, total_before = status("RssAnon"), status("VmRSS")
     model = one_more()
     found: dict[str, object] = {
-        "weights": model.weight_bytes,
+        "weights": weights_of(model),
         "owned": status("RssAnon") - before,
         "most_owned": max(owned) - before,
         "most_in_total": status("VmHWM") - total_before,
@@ -55,7 +75,7 @@ def measure(folder: Path, dtype: str, kernels: Kernels) -> dict[str, object]:
     with ThreadPoolExecutor(2) as threads:
         one, other = threads.map(one_more, range(2))
     found["owned_by_two"] = status("RssAnon") - before
-    found["two_are_equal"] = torch.equal(logits_of(one), logits_of(other))
+    found["two_are_equal"] = are_equal(one, other)
     del one, other
     release_memory()
     found["left_by_two"] = status("RssAnon") - before
@@ -63,7 +83,5 @@ def measure(folder: Path, dtype: str, kernels: Kernels) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[2:]
-    logits_of(load(STARTER, device="cpu", dtype=chosen[0], threads=1, kernels=chosen[1], progress=lambda what, share: None))
-    release_memory()  # what computing takes once and for all is taken
-    sys.stdout.write(json.dumps(measure(Path(sys.argv[1]), *chosen)))
+    torch.zeros(64, 64) @ torch.zeros(64, 64)
+    sys.stdout.write(json.dumps(measure(Path(sys.argv[1]), *sys.argv[2:])))
