@@ -116,7 +116,7 @@ def latent_queries(
     nope = (projected.shape[-1] - rank - rope) // heads - rope
     q_latent, q_pe = projected.new_empty(rows, heads, rank), projected.new_empty(rows, heads, rope)
     block = min(64, _padded(rank))
-    _latent_queries[(heads + 1, triton.cdiv(rank, block))](
+    _latent_queries[(heads + 1, max(triton.cdiv(rank, block), rows))](
         projected, rotation, slots, norm, kv_b, c_kv, k_pe, q_latent, q_pe, rows, eps,
         H=heads, N=nope, NV=kv_b.shape[1], R=rank, P=rope, WIDTH=projected.shape[-1], BLOCK_N=_padded(nope), BLOCK_R=block,
         WHOLE_R=triton.next_power_of_2(rank), HALF_P=triton.next_power_of_2(rope // 2), num_warps=4,
@@ -130,9 +130,9 @@ def _latent_queries(
     H: tl.constexpr, N: tl.constexpr, NV: tl.constexpr, R: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_R: tl.constexpr, HALF_P: tl.constexpr,
 ):  # fmt: skip
-    """Programs (head, part of R) absorb W_UK; those of one head more than there are share out the rows' latents."""
+    """Programs (head, part of R) absorb W_UK; those of one head more than there are write the latents, (H, row)."""
     head, part = tl.program_id(0), tl.program_id(1)
-    if head < H:
+    if head < H and part * BLOCK_R < R:
         t, n, r = tl.arange(0, TILE), tl.arange(0, BLOCK_N), part * BLOCK_R + tl.arange(0, BLOCK_R)
         here = projected + t * WIDTH + head * (N + P)
         q = tl.load(here[:, None] + n[None, :], mask=(t < rows)[:, None] & (n < N)[None, :], other=0.0)  # [T, N]
@@ -143,17 +143,16 @@ def _latent_queries(
         tl.store(into, absorbed.to(q_latent.dtype.element_ty), mask=(t < rows)[:, None] & (r < R)[None, :])
         if part == 0:
             _rotate(here + N, q_pe + (t * H + head) * P, rotation + t * P, t < rows, P, HALF_P)
-    else:
-        for row in range(part, rows, tl.num_programs(1)):
-            slot = tl.load(slots + row).to(tl.int64)
-            r = tl.arange(0, WHOLE_R)
-            new = projected + row * WIDTH + H * (N + P)
-            latent = tl.load(new + r, mask=r < R, other=0.0).to(tl.float32)
-            latent = latent / tl.sqrt(tl.sum(latent * latent, axis=0) / R + eps)
-            latent *= tl.load(norm + r, mask=r < R, other=0.0).to(tl.float32)
-            tl.store(c_kv + slot * R + r, latent.to(c_kv.dtype.element_ty), mask=r < R)
-            one = tl.arange(0, 1)
-            _rotate(new + R + one, k_pe + slot * P + one, rotation + row * P + one, one == 0, P, HALF_P)
+    if head == H and part < rows:
+        slot = tl.load(slots + part).to(tl.int64)
+        r = tl.arange(0, WHOLE_R)
+        new = projected + part * WIDTH + H * (N + P)
+        latent = tl.load(new + r, mask=r < R, other=0.0).to(tl.float32)
+        latent = latent / tl.sqrt(tl.sum(latent * latent, axis=0) / R + eps)
+        latent *= tl.load(norm + r, mask=r < R, other=0.0).to(tl.float32)
+        tl.store(c_kv + slot * R + r, latent.to(c_kv.dtype.element_ty), mask=r < R)
+        one = tl.arange(0, 1)
+        _rotate(new + R + one, k_pe + slot * P + one, rotation + part * P + one, one == 0, P, HALF_P)
 
 
 @triton.jit
