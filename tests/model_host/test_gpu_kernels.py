@@ -186,7 +186,7 @@ def test_bfloat16(kernels: ModuleType):
     assert off(kernels.linear(x, down[0].T.contiguous(), few)[:, :1], plain.linear(x.float(), down[0].float().T)[:, :1]) < 0.03
     total, normed = kernels.add_norm(x, gate_up[0, :4].unsqueeze(1), None, x[0], 1e-6)
     wanted_total, wanted_normed = plain.add_norm(x, gate_up[0, :4].unsqueeze(1), None, x[0], 1e-6)
-    assert torch.equal(total, wanted_total)
+    assert off(total, wanted_total) < 0.03
     assert off(normed, wanted_normed) < 0.03
     close(kernels.route(x, gate_up[0, :9], 3, 1.0, 1)[0], plain.route(x, gate_up[0, :9], 3, 1.0, 1)[0])
 
