@@ -282,7 +282,7 @@ def build(bench: Bench) -> None:
 def ceilings(bench: Bench) -> None:
     """The best of some simple ways to read much memory, and to multiply large matrices."""
     found, device = bench.sections["ceilings"], bench.device
-    size = 2**22 if bench.is_tiny else 2**32
+    size = 2**22 if bench.is_tiny else 2**31
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     reads = {"copy": 2 * size / device_seconds(device, lambda: target.copy_(source))}
     wide = source.view(torch.bfloat16).view(-1, 2048).zero_()
@@ -349,7 +349,10 @@ def cases(bench: Bench, dtype: torch.dtype, rows: int, context: int, layer: int)
     yield Case("route", rows, (x, mlp.gate.weight.to(dtype), mlp.gate.top_k, 1.0, config.n_shared_experts or 0))
     every = tuple(m.weight.to(dtype) for m in (shared.gate_proj, shared.up_proj, shared.down_proj))
     yield Case("experts", rows, (x, ids, mlp.experts.gate_up_proj.to(dtype), mlp.experts.down_proj.to(dtype), every))
-    yield Case("linear", rows, (x, bench.model.lm_head.weight.to(dtype)))
+    yield Case("linear", rows, (x, attention.q_proj.weight.to(dtype)))
+    yield Case("linear", rows, (drawn(rows, heads * config.v_head_dim), attention.o_proj.weight.to(dtype)))
+    if layer == 1:
+        yield Case("linear", rows, (x, bench.model.lm_head.weight.to(dtype)))
 
 
 def correctness(bench: Bench) -> None:
@@ -357,7 +360,7 @@ def correctness(bench: Bench) -> None:
     found, rows_found = bench.sections["kernels against their plain forms"], []
     for dtype in {bench.dtype, torch.float32}:
         for rows in (1, 2, 5, 16):
-            for case in cases(bench, dtype, rows, bench.contexts[0] + 5, layer=1):
+            for case in cases(bench, dtype, rows, bench.contexts[-1] if rows == 1 else bench.contexts[0] + 5, layer=1):
                 row = {"operation": case.name, "type": str(dtype).removeprefix("torch."), "rows": rows}
                 try:
                     actual = getattr(bench.operations, case.name)(*case.arguments)
@@ -382,10 +385,10 @@ def candidates(kernels: Any, is_tiny: bool) -> Iterator[tuple[str, int, str, Any
     tile = kernels.Tile
     few = [tile(4, 512, 4), tile(8, 512, 4), tile(16, 512, 8), tile(8, 256, 4), tile(16, 256, 4), tile(4, 1024, 4), tile(4, 2048, 4)]
     many = [tile(32, 128, 4, 4), tile(16, 128, 4, 4), tile(32, 64, 4, 5), tile(16, 256, 4, 3), tile(64, 64, 4, 4), tile(32, 128, 8, 4)]
-    parts = [tile(64, 0, 4, 2), tile(32, 0, 4, 3), tile(32, 0, 4, 4), tile(32, 0, 8, 4), tile(64, 0, 8, 2), tile(64, 0, 8, 1)]
+    parts = [tile(64, 0, 4, 2), tile(32, 0, 4, 3), tile(32, 0, 8, 3), tile(32, 0, 8, 5), tile(64, 0, 8, 2), tile(64, 0, 8, 3), tile(16, 0, 4, 5)]
     plan = [("linear", 1, "linear", few), ("experts", 1, "few_up", few), ("experts", 1, "few_down", few)]
     plan += [("experts", 4, "many_up", many), ("experts", 4, "many_down", many), ("attend", 1, "attend", parts)]
-    plan += [("attend", 1, "programs", [128, 256]), ("linear", 1, "linear_rows", [1, 0])]
+    plan += [("attend", 1, "programs", [128, 256, 512]), ("linear", 1, "linear_rows", [1, 0])]
     plan += [("experts", 2, "few_rows", [2, 1]), ("experts", 4, "few_rows", [2, 4])]
     for operation, rows, name, values in plan:
         for value in values[:1] if is_tiny else values:

@@ -70,14 +70,14 @@ def route(x: Tensor, weight: Tensor, top_k: int, scaling: float, always: int) ->
 def experts(x: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
     """What each chosen expert makes of x [T, D], not yet weighed: [T, M, D]. ids [T, K] choose among gate_up [E, 2I, D] and
     down [E, D, I]; `shared` are the gate [S*I, D], up [S*I, D] and down [D, S*I] of the S experts that every token sees."""
-    gate, up = gate_up[ids].unflatten(2, (2, -1)).unbind(dim=2)  # [T, K, I, D] each
-    inner = F.silu(torch.einsum("tkid,td->tki", gate, x)) * torch.einsum("tkid,td->tki", up, x)
-    parts = torch.einsum("tkdi,tki->tkd", down[ids], inner)
+    gate, up = (gate_up[ids] @ x[:, None, :, None]).squeeze(-1).chunk(2, dim=-1)  # [T, K, I] each
+    parts = (down[ids] @ (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)  # [T, K, D]
     if shared is None:
         return parts
     gate, up, back = shared
-    every = (F.silu(x @ gate.T) * (x @ up.T)).unflatten(-1, (-1, down.shape[-1]))  # [T, S, I]
-    return torch.cat((parts, torch.einsum("dsi,tsi->tsd", back.unflatten(-1, (-1, down.shape[-1])), every)), dim=1)
+    inner = (F.silu(x @ gate.T) * (x @ up.T)).unflatten(-1, (-1, down.shape[-1]))  # [T, S, I]
+    backs = back.unflatten(-1, (-1, down.shape[-1])).permute(1, 2, 0)  # [S, I, D]
+    return torch.cat((parts, (inner.transpose(0, 1) @ backs).transpose(0, 1)), dim=1)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
