@@ -295,7 +295,6 @@ def ceilings(bench: Bench) -> None:
             took = device_seconds(device, partial(bench.operations.linear, vector, wide, tuning))
             reads[f"kernel, matrix times vector, {tile}"] = size / took
     found["bandwidth GB/s"] = [{"way": way, "GB/s": rate / 1e9} for way, rate in reads.items()]
-    del source, target, wide
     rates = {}
     for rows, inner, columns in [(64, 64, 64)] if bench.is_tiny else [(8192, 8192, 8192), (16384, 8192, 8192), (32768, 2048, 10944)]:
         a = torch.randn(rows, inner, dtype=bench.dtype, device=device)
@@ -385,7 +384,15 @@ def candidates(kernels: Any, is_tiny: bool) -> Iterator[tuple[str, int, str, Any
     tile = kernels.Tile
     few = [tile(4, 512, 4), tile(8, 512, 4), tile(16, 512, 8), tile(8, 256, 4), tile(16, 256, 4), tile(4, 1024, 4), tile(4, 2048, 4)]
     many = [tile(32, 128, 4, 4), tile(16, 128, 4, 4), tile(32, 64, 4, 5), tile(16, 256, 4, 3), tile(64, 64, 4, 4), tile(32, 128, 8, 4)]
-    parts = [tile(64, 0, 4, 2), tile(32, 0, 4, 3), tile(32, 0, 8, 3), tile(32, 0, 8, 5), tile(64, 0, 8, 2), tile(64, 0, 8, 3), tile(16, 0, 4, 5)]
+    parts = [
+        tile(64, 0, 4, 2),
+        tile(32, 0, 4, 3),
+        tile(32, 0, 8, 3),
+        tile(32, 0, 8, 5),
+        tile(64, 0, 8, 2),
+        tile(64, 0, 8, 3),
+        tile(16, 0, 4, 5),
+    ]
     plan = [("linear", 1, "linear", few), ("experts", 1, "few_up", few), ("experts", 1, "few_down", few)]
     plan += [("experts", 4, "many_up", many), ("experts", 4, "many_down", many), ("attend", 1, "attend", parts)]
     plan += [("attend", 1, "programs", [128, 256, 512]), ("linear", 1, "linear_rows", [1, 0])]

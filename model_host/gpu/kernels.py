@@ -299,9 +299,7 @@ def route(x: Tensor, weight: Tensor, top_k: int, scaling: float, always: int) ->
     _affinities[(rows, triton.cdiv(number, 4))](x, weight, logits, E=number, D=size, DEPTH=min(2048, triton.next_power_of_2(size)))
     shares = torch.empty(rows, top_k + always, dtype=torch.float32, device=x.device)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
-    _choose[(rows,)](
-        logits, shares, ids, scaling, E=number, K=top_k, ALWAYS=always, BLOCK_E=triton.next_power_of_2(number), num_warps=1
-    )
+    _choose[(rows,)](logits, shares, ids, scaling, E=number, K=top_k, ALWAYS=always, BLOCK_E=triton.next_power_of_2(number), num_warps=1)
     return shares, ids
 
 
@@ -487,7 +485,7 @@ def _many_down(
 
 def _padded(size: int) -> int:
     """The least tile of tl.dot that holds `size`."""
-    return max(TILE.value, triton.next_power_of_2(size))
+    return max(TILE.value, 1 << (size - 1).bit_length())
 
 
 def _depth(tile: Tile, size: int) -> int:
