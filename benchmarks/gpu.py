@@ -17,6 +17,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,10 @@ TINY = LITE | {
     "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+
+
+TUNING_LEAVES_S = 150.0
+"""Of the budget, for the sections after it."""
 
 
 @dataclass(slots=True)
@@ -360,7 +365,7 @@ def correctness(bench: Bench) -> None:
     for dtype in {bench.dtype, torch.float32}:
         for rows in (1, 2, 5, 16):
             for case in cases(bench, dtype, rows, bench.contexts[-1] if rows == 1 else bench.contexts[0] + 5, layer=1):
-                row = {"operation": case.name, "type": str(dtype).removeprefix("torch."), "rows": rows}
+                row: dict[str, Any] = {"operation": case.name, "type": str(dtype).removeprefix("torch."), "rows": rows}
                 try:
                     actual = getattr(bench.operations, case.name)(*case.arguments)
                     widened = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.arguments[:-1]]
@@ -395,8 +400,7 @@ def candidates(kernels: Any, is_tiny: bool) -> Iterator[tuple[str, int, str, Any
     ]
     plan = [("linear", 1, "linear", few), ("experts", 1, "few_up", few), ("experts", 1, "few_down", few)]
     plan += [("experts", 4, "many_up", many), ("experts", 4, "many_down", many), ("attend", 1, "attend", parts)]
-    plan += [("attend", 1, "programs", [128, 256, 512]), ("linear", 1, "linear_rows", [1, 0])]
-    plan += [("experts", 2, "few_rows", [2, 1]), ("experts", 4, "few_rows", [2, 4])]
+    plan += [("attend", 1, "programs", [128, 256, 512, 64])]
     for operation, rows, name, values in plan:
         for value in values[:1] if is_tiny else values:
             yield operation, rows, name, value
@@ -409,30 +413,42 @@ def tuning(bench: Bench) -> None:
     if kernels is plain:
         found["left out"] = "no Triton"
         return
-    best, tried = kernels.DEFAULT, []
+    best, tried = kernels.DEFAULT, list[dict[str, Any]]()
+    found["tried"] = tried
     fastest: dict[tuple[str, int], float] = {}
     layers = range(1, bench.config.num_hidden_layers)
     given: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-    for operation, rows, name, value in candidates(kernels, bench.is_tiny):
-        if bench.left_s < bench.budget_s * 0.55:
-            found["cut short"] = name
-            break
-        key = (operation, rows)
-        if key not in given:
+
+    def microseconds(operation: str, rows: int, sizes: Any, what: str) -> float:
+        """Time a layer with these sizes; infinite when they do not work."""
+        if (operation, rows) not in given:
             at = bench.contexts[-1] if operation == "attend" else bench.contexts[0]
-            given[key] = [c.arguments for layer in layers for c in cases(bench, bench.dtype, rows, at, layer) if c.name == operation]
-        with_it = replace(best, **{name: value})
-        row = {"operation": operation, "rows": rows, "size": name, "value": str(value)}
+            drawn = (case for layer in layers for case in cases(bench, bench.dtype, rows, at, layer))
+            given[operation, rows] = [case.arguments for case in drawn if case.name == operation]
+        row: dict[str, Any] = {"operation": operation, "rows": rows, "sizes": what}
+        tried.append(row)
         try:
-            took = device_seconds(bench.device, partial(over_layers, getattr(kernels, operation), given[key], with_it)) / len(layers)
-            row["us a layer"] = took * 1e6
-            is_default = with_it == best
-            if is_default or took < fastest.get(key, math.inf):
-                best, fastest[key] = with_it, took
+            work = partial(over_layers, getattr(kernels, operation), given[operation, rows], sizes)
+            row["us a layer"] = device_seconds(bench.device, work) / len(layers) * 1e6
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-        tried.append(row)
-        found["tried"] = tried
+        return float(row.get("us a layer", math.inf))
+
+    for operation, rows, name, value in candidates(kernels, bench.is_tiny):
+        if bench.left_s < TUNING_LEAVES_S:
+            found["cut short"] = name
+            break
+        with_it, key = replace(best, **{name: value}), (operation, rows)
+        took = microseconds(operation, rows, with_it, f"{name}={value}")
+        if took < math.inf and (with_it == best or took < fastest.get(key, math.inf)):
+            best, fastest[key] = with_it, took
+    for operation, name in (("experts", "few_rows"), ("linear", "linear_rows")):
+        best = replace(best, **{name: 0})
+        for rows in (1,) if bench.is_tiny else (1, 2, 4, 8):
+            with_it = replace(best, **{name: rows})
+            if microseconds(operation, rows, with_it, f"{name}={rows}") > microseconds(operation, rows, best, f"{name} less"):
+                break
+            best = with_it
     found["best"] = str(best)
     bench.operations = SimpleNamespace(**{name: getattr(kernels, name) for name in ("add_norm", "latent_queries", "values", "route")})
     for name in ("linear", "attend", "experts"):
@@ -448,10 +464,11 @@ def agreement(bench: Bench) -> None:
     """Graph and plain path decode from the same prompts. In float32 the tokens have to be the same; bfloat16 rounds differently
     in the two, so there both get the plain path's tokens and their next ones are compared."""
     assert bench.model
-    found, rows = bench.sections["graph against plain"], []
+    found, rows = bench.sections["graph against plain"], list[dict[str, Any]]()
     small = ModelConfig.model_validate(bench.shape | {"num_hidden_layers": 3})
     exact = random_model(small, torch.float32, bench.device)
-    for label, model, steps in (("float32, 3 layers", exact, 24), ("model's type, all layers", bench.model, 24)):
+    steps = 4 if bench.is_tiny else 24
+    for label, model in (("float32, 3 layers", exact), ("model's type, all layers", bench.model)):
         gpu = GpuModel(model, bench.operations)
         dtype = model.lm_head.weight.dtype
         for count, context in ((1, bench.contexts[0]), (3, 37), (1, bench.contexts[1])):
@@ -502,9 +519,13 @@ def decode(bench: Bench) -> None:
         for context in bench.contexts:
             row: dict[str, Any] = {"sequences": count, "context": context}
             sequences = Sequences(count, context, 32, pool_pages, bench.config.vocab_size)
-            took = decode_seconds(lambda step: gpu.forward(step, latents), sequences, 20)
+            took = decode_seconds(lambda step: gpu.forward(step, latents), sequences, 2 if bench.is_tiny else 20)
             floor = token_bytes(bench.config, count, context, bench.dtype.itemsize) / bandwidth
             row |= {"ms a step": took * 1e3, "tokens/s": count / took, "floor ms": floor * 1e3, "share of ceiling": floor / took}
+            wait(bench.device)
+            began = time.perf_counter()
+            gpu.forward(sequences.step(range(5, 5 + count)), latents)
+            row["host's part ms"] = (time.perf_counter() - began) * 1e3
             if bench.device.type == "cuda":
                 alone = replay_seconds(gpu._graphs[count][0].replay)
                 row |= {"graph alone ms": alone * 1e3, "graph's share of ceiling": floor / alone}
@@ -527,7 +548,7 @@ def verify(bench: Bench) -> None:
             def work(sequences: Sequences = sequences, tokens: int = tokens) -> object:
                 return gpu.forward(sequences.step(range(5, 5 + tokens)), latents).argmax(dim=-1).tolist()
 
-            rows_found.append({"context": context, "tokens": tokens, "ms": seconds(bench.device, work, 7) * 1e3})
+            rows_found.append({"context": context, "tokens": tokens, "ms": seconds(bench.device, work, 1 if bench.is_tiny else 7) * 1e3})
             found["steps"] = rows_found
 
 
@@ -556,19 +577,30 @@ def prefill(bench: Bench) -> None:
     forward, rate = plain_path(bench.model, bench.latents), bench.metrics.get("matmul_tflop_s", math.nan) * 1e12
     pages = len(bench.latents.c_kv[0]) // PAGE_TOKENS
     longest = bench.prompts[-1]
-    for tokens, chunk in [*((tokens, tokens) for tokens in bench.prompts), (longest, longest // 4), (longest, longest // 16)]:
+    plan: list[tuple[int, int, SDPBackend | None]] = [(tokens, tokens, None) for tokens in bench.prompts]
+    plan += [(longest, longest // 4, None), (longest, longest // 16, None)]
+    if bench.device.type == "cuda":
+        plan += [(longest, longest, SDPBackend.CUDNN_ATTENTION), (longest, longest, SDPBackend.EFFICIENT_ATTENTION)]
+    for tokens, chunk, backend in plan:
         ids = torch.randint(0, bench.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
 
         def work(ids: list[int] = ids, chunk: int = chunk) -> object:
             sequences = Sequences(1, 0, len(ids), pages, bench.config.vocab_size)
             return [forward(sequences.step(ids[at : at + chunk])) for at in range(0, len(ids), chunk)][-1].argmax().item()
 
-        took = seconds(bench.device, work, 3 if tokens < longest else 1)
-        operations = prompt_operations(bench.config, tokens)
-        row = {"tokens": tokens, "chunk": chunk, "ms": took * 1e3, "tokens/s": tokens / took, "TFLOP/s": operations / took / 1e12}
-        rows_found.append(row | {"floor ms": operations / rate * 1e3, "share of ceiling": operations / rate / took})
+        row: dict[str, Any] = {"tokens": tokens, "chunk": chunk, "attention": str(backend)}
+        rows_found.append(row)
         found["prompts"] = rows_found
-        if chunk == tokens:
+        try:
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                took = seconds(bench.device, work, 3 if tokens < longest else 1)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+            continue
+        operations = prompt_operations(bench.config, tokens)
+        row |= {"ms": took * 1e3, "tokens/s": tokens / took, "TFLOP/s": operations / took / 1e12}
+        row |= {"floor ms": operations / rate * 1e3, "share of ceiling": operations / rate / took}
+        if chunk == tokens and backend is None:
             bench.metrics[f"prefill_{tokens}_tokens_s"] = tokens / took
             bench.metrics[f"prefill_{tokens}_share_of_ceiling"] = operations / rate / took
 
@@ -644,7 +676,8 @@ def transformers_model(bench: Bench) -> Any:
     config = DeepseekV2Config(**shape, rope_parameters=rope)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        peer = DeepseekV2ForCausalLM(config).to(bench.dtype)
+        peer: Any = DeepseekV2ForCausalLM(config)
+        peer = peer.to(bench.dtype)
     tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in bench.model.state_dict().items()}
     missing = peer.load_state_dict(tensors, strict=False, assign=True)
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(bench.device)
@@ -697,7 +730,8 @@ def transformers(bench: Bench) -> None:
                 row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
             steps.append(row)
             found["decode"] = steps
-        peer.set_experts_implementation("grouped_mm")
+        with suppress(Exception):
+            peer.set_experts_implementation("grouped_mm")
 
 
 def short_spans(bench: Bench) -> None:
@@ -725,18 +759,19 @@ SECTIONS: tuple[tuple[str, Callable[[Bench], None], float], ...] = (
     ("machine", machine, 0),
     ("build", build, 0),
     ("ceilings", ceilings, 0),
-    ("kernels against their plain forms", correctness, 0),
-    ("tuning", tuning, 120),
-    ("graph against plain", agreement, 60),
-    ("decode", decode, 30),
-    ("decode, plain torch", decode_plain, 15),
-    ("prefill", prefill, 30),
+    ("decode, plain torch", decode_plain, 0),
+    ("prefill", prefill, 0),
     ("transformers", transformers, 60),
-    ("profile", profile, 10),
-    ("several tokens of one sequence", verify, 10),
+    ("kernels against their plain forms", correctness, 0),  # an invalid access here would end everything after it
+    ("tuning", tuning, TUNING_LEAVES_S + 30),
+    ("graph against plain", agreement, 45),
+    ("decode", decode, 0),
+    ("profile", profile, 5),
+    ("several tokens of one sequence", verify, 5),
     ("attention of a prompt", prompt_attention, 20),
     ("short spans, plain torch", short_spans, 20),
 )
+"""Name, what it does, and the seconds it should have left to start."""
 
 
 def main() -> None:
@@ -744,13 +779,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark itself")
     parser.add_argument("--budget-s", type=float, default=450.0, help="sections that do not fit into what is left of it are left out")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="sections whose names contain one of these words")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.tiny:
         parser.error("there is no GPU; --tiny runs the benchmark with a tiny model on the CPU")
     bench = Bench(TINY if given.tiny else LITE, device, given.out, given.budget_s, given.tiny)
     for name, section, needs_s in SECTIONS:
-        bench.run(name, section, 0 if given.tiny else needs_s)
+        if not given.only or name in ("machine", "build", "ceilings") or any(word in name for word in given.only):
+            bench.run(name, section, 0 if given.tiny else needs_s)
     print("\n".join(as_markdown(bench.sections)))
     about = {key: bench.sections["machine"].get(key, "none") for key in ("gpu", "torch", "triton", "python")}
     print(json.dumps({"benchmark": "gpu", "machine": about, "metrics": bench.metrics, "goals": {}}))

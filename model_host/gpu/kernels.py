@@ -17,7 +17,7 @@ from torch import Tensor
 from model_host.pages import PAGE_TOKENS
 
 MAX_ROWS = 16
-TILE: tl.constexpr = tl.constexpr(16)
+TILE: tl.constexpr = tl.constexpr(MAX_ROWS)
 """Rows or heads of a tile: the least that tl.dot takes."""
 
 
@@ -178,15 +178,15 @@ def attend(
     rows, heads, rank = q_latent.shape
     rope, tile = q_pe.shape[-1], tuning.attend
     splits = max(tuning.programs // triton.next_power_of_2(rows), 8)
-    tokens = tile.rows if q_latent.itemsize == 2 else TILE.value
+    tokens = tile.rows if q_latent.itemsize == 2 else MAX_ROWS
     partial = torch.empty(rows, heads, splits, rank, dtype=torch.float32, device=q_latent.device)
     mass = torch.empty(rows, heads, splits, dtype=torch.float32, device=q_latent.device)
-    _attend_part[(splits, rows, triton.cdiv(heads, TILE.value))](
+    _attend_part[(splits, rows, triton.cdiv(heads, MAX_ROWS))](
         q_latent, q_pe, c_kv, k_pe, tables, owners, contexts, partial, mass, scale * 1.4426950408889634, tables.stride(0), splits,
         H=heads, R=rank, P=rope, PAGE=PAGE_TOKENS, BLOCK_R=_padded(rank), BLOCK_P=_padded(rope), TOKENS=tokens,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    mixed, block = torch.empty_like(q_latent), min(128, triton.next_power_of_2(rank))
+    mixed, block = torch.empty_like(q_latent), min(triton.next_power_of_2(rank), max(8192 // splits, 16))
     _combine[(rows * heads, triton.cdiv(rank, block))](
         partial, mass, contexts, mixed, H=heads, R=rank, SPLITS=splits, TOKENS=tokens, BLOCK_R=block, num_warps=4
     )
@@ -267,7 +267,7 @@ def values(mixed: Tensor, kv_b: Tensor, nope: int) -> Tensor:
     rows, heads, rank = mixed.shape
     size = kv_b.shape[1] - nope
     out = mixed.new_empty(rows, heads * size)
-    block = 32 if size > TILE.value else TILE.value
+    block = 32 if size > MAX_ROWS else MAX_ROWS
     _values[(heads, triton.cdiv(size, block))](
         mixed, kv_b, out, rows, H=heads, N=nope, V=size, R=rank, BLOCK_V=block, BLOCK_R=min(128, _padded(rank)), num_warps=4
     )
@@ -485,7 +485,7 @@ def _many_down(
 
 def _padded(size: int) -> int:
     """The least tile of tl.dot that holds `size`."""
-    return max(TILE.value, 1 << (size - 1).bit_length())
+    return max(MAX_ROWS, 1 << (size - 1).bit_length())
 
 
 def _depth(tile: Tile, size: int) -> int:

@@ -124,14 +124,18 @@ class GpuModel:
             logits = self._run(count, rows, latents)
         return logits[: len(step.wanted)].to(torch.float32, copy=True)  # the next replay overwrites them
 
+    @torch.inference_mode()
     def prepare(self, latents: LatentPool) -> None:
-        """Captures the graphs of all sizes. Without it, each is captured when it is first needed, which takes seconds."""
+        """Captures the graphs of all sizes, for a pool that holds nothing yet: its first page is written. Without this, each graph
+        is captured when it is first needed, which takes a second or more."""
         for size in GRAPH_ROWS:
             if self.device.type == "cuda" and size not in self._graphs:
                 self._graphs[size] = self._capture(size, self._bound(latents), latents)
 
     def _bound(self, latents: LatentPool) -> Rows:
         """The buffers for this pool; graphs hold the addresses of the pool they were captured with."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread: Triton launches on the current one
         if self._rows is None or self._latents is not latents:
             self._graphs.clear()
             most = min(pages_for(self.config.max_position_embeddings), latents.c_kv.shape[1] // PAGE_TOKENS)
