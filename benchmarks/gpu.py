@@ -471,20 +471,20 @@ def agreement(bench: Bench) -> None:
     for label, model in (("float32, 3 layers", exact), ("model's type, all layers", bench.model)):
         gpu = GpuModel(model, bench.operations)
         dtype = model.lm_head.weight.dtype
-        for count, context in ((1, bench.contexts[0]), (3, 37), (1, bench.contexts[1])):
-            latents = [filled_pool(model.config, count * (context + 64) + 64, dtype, bench.device) for _ in range(2)]
+        for count, context, tokens in ((1, bench.contexts[0], 1), (3, 37, 1), (1, bench.contexts[1], 1), (2, 77, 4)):
+            latents = [filled_pool(model.config, count * (context + 128) + 64, dtype, bench.device) for _ in range(2)]
             latents[1].c_kv.copy_(latents[0].c_kv)
             latents[1].k_pe.copy_(latents[0].k_pe)
-            sequences = Sequences(count, context, steps, len(latents[0].c_kv[0]) // PAGE_TOKENS, small.vocab_size)
-            ids, same, off = list(range(5, 5 + count)), 0, 0.0
+            sequences = Sequences(count, context, steps * tokens, len(latents[0].c_kv[0]) // PAGE_TOKENS, small.vocab_size)
+            ids, same, off = list(range(5, 5 + count * tokens)), 0, 0.0
             for _ in range(steps):
                 step = sequences.step(ids)
                 ours, wanted = gpu.forward(step, latents[0]), plain_path(model, latents[1])(step)
                 off = max(off, float((ours - wanted).abs().max() / wanted.std()))
-                ids = wanted.argmax(dim=-1).tolist()
+                ids = [id for id in wanted.argmax(dim=-1).tolist() for _ in range(tokens)]
                 same += int((ours.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
-            tokens = count * steps
-            rows.append({"model": label, "sequences": count, "context": context, "same tokens": same, "of": tokens, "logits off": off})
+            row = {"model": label, "sequences": count, "context": context, "tokens a step": tokens}
+            rows.append(row | {"same tokens": same, "of": count * steps, "logits off": off})
             found["tokens"] = rows
     same, total = (sum(row[key] for row in rows if row["model"].startswith("float32")) for key in ("same tokens", "of"))
     bench.metrics["float32_same_tokens_percent"] = 100 * same / total
