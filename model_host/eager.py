@@ -4,15 +4,11 @@ Owns: which form of attention pays for how many new tokens, by measurement.
 """
 
 import time
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from model_host.batch import Span, Step
-from model_host.checkpoints import load_model
-from model_host.generation import Progress
 from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import Model
 from model_host.pages import pages_for
@@ -30,27 +26,24 @@ class EagerModel:
         self.device, self.latent_dtype = weight.device, weight.dtype
         self.precision = str(weight.dtype).removeprefix("torch.")
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        self.short_tokens = self._measured_short_tokens()
+        self.short_tokens = 1
 
-    @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress) -> Self:
-        """Reads the checkpoint in `folder`. Raises CheckpointError, naming what is wrong."""
-        return cls(load_model(folder, device=device, dtype=dtype, progress=progress))
+    def prepare(self, latents: LatentPool) -> None:
+        self.short_tokens = self._measured_short_tokens(latents)
 
     @torch.inference_mode()
     def forward(self, step: Step, latents: LatentPool) -> Tensor:
-        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab] on the CPU."""
+        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab]."""
         logits: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents)
-        return logits.cpu()
+        return logits
 
     @torch.inference_mode()
-    def _measured_short_tokens(self) -> int:
+    def _measured_short_tokens(self, latents: LatentPool) -> int:
         """The longest chunk for which attention over latents was the faster form on this machine, by one layer of a step."""
         block = next(self.model.blocks())
         pages = tuple(range(pages_for(TRIED_CONTEXT)))
-        latents = LatentPool(self.config, len(pages), self.latent_dtype, self.device)
-        latents.c_kv[0].normal_()
-        latents.k_pe[0].normal_()
+        latents.c_kv[0, :TRIED_CONTEXT].normal_()
+        latents.k_pe[0, :TRIED_CONTEXT].normal_()
         longest = 1
         for tokens in TRIED_TOKENS:
             step = Step(ids=(0,) * tokens, spans=(Span(tokens=tokens, context=TRIED_CONTEXT, pages=pages),), wanted=())

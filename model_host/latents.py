@@ -69,24 +69,32 @@ class Layout:
 
     @classmethod
     def of(cls, step: Step, device: torch.device, short_tokens: int) -> Self:
-        """Spans of at most `short_tokens` new tokens are short."""
+        """Spans of at most `short_tokens` new tokens are short. All integers go to the device in one copy, which on a GPU nobody
+        waits for."""
         within = torch.arange(PAGE_TOKENS)
         positions: list[Tensor] = []
         slots: list[Tensor] = []
-        reaches: list[Reach] = []
-        rows = [slice(a, b) for a, b in pairwise(accumulate((span.tokens for span in step.spans), initial=0))]
-        for span, its_rows in zip(step.spans, rows, strict=True):
+        scattered: list[Tensor] = []
+        contexts: list[slice | None] = []
+        for span in step.spans:
             held = (torch.tensor(span.pages)[:, None] * PAGE_TOKENS + within).flatten()[: span.context]  # [S]
             first = span.pages[0]
             in_a_row = span.pages == tuple(range(first, first + len(span.pages)))
-            context = slice(first * PAGE_TOKENS, first * PAGE_TOKENS + span.context) if in_a_row else held.to(device)
+            contexts.append(slice(first * PAGE_TOKENS, first * PAGE_TOKENS + span.context) if in_a_row else None)
+            if not in_a_row:
+                scattered.append(held)
             positions.append(torch.arange(span.context - span.tokens, span.context))
             slots.append(held[span.context - span.tokens :])
-            reaches.append(Reach(its_rows, context, span.tokens <= short_tokens))
-        return cls(
-            ids=torch.tensor(step.ids, device=device),
-            positions=torch.cat(positions).to(device),
-            slots=torch.cat(slots).to(device),
-            wanted=torch.tensor(step.wanted, dtype=torch.long, device=device),
-            reaches=tuple(reaches),
+        parts = [torch.tensor(step.ids), torch.cat(positions), torch.cat(slots), torch.tensor(step.wanted, dtype=torch.long), *scattered]
+        integers = torch.cat(parts)
+        if device.type == "cuda":
+            integers = integers.pin_memory()
+        on_device = integers.to(device, non_blocking=True).split([len(part) for part in parts])
+        rows = [slice(a, b) for a, b in pairwise(accumulate((span.tokens for span in step.spans), initial=0))]
+        rest = iter(on_device[4:])
+        reaches = (
+            Reach(its_rows, next(rest) if context is None else context, span.tokens <= short_tokens)
+            for span, its_rows, context in zip(step.spans, rows, contexts, strict=True)
         )
+        ids, at, into, wanted = on_device[:4]
+        return cls(ids=ids, positions=at, slots=into, wanted=wanted, reaches=tuple(reaches))

@@ -1,10 +1,11 @@
 """Runs steps on a model: plain integers in, logits out.
 
-Owns: the latent pool and its size, and which form of the model runs here: compiled kernels on a CPU where they were built, torch
-elsewhere. Knows nothing of requests.
+Owns: the latent pool and its size, and which form of the model runs here: compiled kernels on a CPU where they were built, captured
+graphs on a GPU where Triton is, plain torch elsewhere. Knows nothing of requests.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from model_host.batch import Copy, Step
-from model_host.checkpoints import choose_device
+from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
 from model_host.eager import EagerModel
 from model_host.errors import CheckpointError
 from model_host.generation import Progress
+from model_host.gpu.model import GpuModel
 from model_host.latents import LatentPool
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeModel
@@ -40,8 +42,12 @@ class StepModel(Protocol):
     weight_bytes: int
     latent_dtype: torch.dtype
 
+    def prepare(self, latents: LatentPool) -> None:
+        """Measures and compiles what depends on this machine, before the first step; spoils what is in the pool."""
+        ...
+
     def forward(self, step: Step, latents: LatentPool) -> Tensor:
-        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab] on the CPU."""
+        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab] on the device."""
         ...
 
 
@@ -52,10 +58,11 @@ class Runner:
         self.pages = max(cache_bytes // page_bytes, pages_for(LEAST_TOKENS))
         self.cache_bytes = self.pages * page_bytes
         self._latents = LatentPool(model.config, self.pages, model.latent_dtype, model.device)
+        model.prepare(self._latents)
 
     def run(self, step: Step) -> Tensor:
         """Float32 logits [wanted, vocab] of the step, on the CPU."""
-        return self.model.forward(step, self._latents)
+        return self.model.forward(step, self._latents).cpu()
 
     def copy(self, copy: Copy) -> None:
         self._latents.copy(copy.source, copy.target, copy.tokens)
@@ -70,7 +77,8 @@ def load(folder: Path, *, device: str, dtype: str, threads: int, kernels: Kernel
         raise CheckpointError(f"dtype int8 needs the compiled kernels for CPUs. {form.torch_because}")
     if threads:
         torch.set_num_threads(threads)
-    return EagerModel.load(folder, form.device, getattr(torch, form.precision), progress)
+    model = load_model(folder, device=form.device, dtype=getattr(torch, form.precision), progress=progress)
+    return GpuModel(model) if form.device.type == "cuda" and find_spec("triton") else EagerModel(model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,8 +93,10 @@ class Attention(nn.Module):
         k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)
         k = torch.cat((k_nope, k_pe.unsqueeze(-3).expand(*k_nope.shape[:-1], -1)), dim=-1)  # [..., H, S, N+P]
         q = torch.cat((q_nope, q_pe), dim=-1)  # [..., H, T, N+P]
+        alone = q.dim() == 3  # torch's fused kernels want a batch; without one it writes all scores out
+        q, k, v = (part.unsqueeze(0) if alone else part for part in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[-2] > 1, scale=self.scale)
-        return out.transpose(-3, -2).flatten(-2)
+        return (out[0] if alone else out).transpose(-3, -2).flatten(-2)
 
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, mask: Tensor | None) -> Tensor:
         """W_UK taken into the query and W_UV applied to the result (section 2.1.2), so that the S latents are read as they

@@ -23,7 +23,6 @@ from model_host.generation import Progress
 from model_host.latents import LatentPool
 from model_host.models.deepseek_v2 import rope_frequencies
 from model_host.native.library import Attention, Config, Pool, Sequence, Slot, available_levels, load, why_unavailable
-from model_host.pages import pages_for
 
 KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 GLOBAL = {"lm_head": Slot.HEAD, "model.norm": Slot.FINAL_NORM}
@@ -59,7 +58,8 @@ class NativeModel:
     def __init__(
         self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: str, threads: int = 0, level: str | None = None
     ) -> None:
-        """Packs `weights`, named as in a checkpoint, one after the other. 0 threads: as many as were measured to be fastest.
+        """Packs `weights`, named as in a checkpoint, one after the other. 0 threads: as many as `prepare` finds to be
+        fastest.
         Raises CheckpointError when a tensor is missing or of another shape than `config` says."""
         if reason := why_unavailable():
             raise CheckpointError(reason)
@@ -75,10 +75,9 @@ class NativeModel:
         if not self._model:
             raise CheckpointError("There is not enough memory for this model.")
         self._use_threads(most)
+        self._has_choice = not threads
         self._put_all(weights)
         self.weight_bytes: int = self._library.native_weight_bytes(self._model)
-        if not threads:
-            self._use_threads(self._fastest(most))
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -94,6 +93,10 @@ class NativeModel:
     def random(cls, config: ModelConfig, dtype: str, seed: int, threads: int = 0, level: str | None = None) -> Self:
         """Weights with unit gain, so that routing and attention are not degenerate; for measuring."""
         return cls(config, random_weights(config, seed), dtype, threads, level)
+
+    def prepare(self, latents: LatentPool) -> None:
+        if self._has_choice:
+            self._use_threads(self._fastest(self.threads, latents))
 
     @torch.inference_mode()
     def forward(self, step: Step, latents: LatentPool) -> Tensor:
@@ -122,9 +125,8 @@ class NativeModel:
         self.threads = threads
         self._library.native_use_threads(self._model, threads)
 
-    def _fastest(self, most: int) -> int:
+    def _fastest(self, most: int, latents: LatentPool) -> int:
         """The number of threads (1, 2, 4.. `most`) that decodes fastest here and now."""
-        latents = LatentPool(self.config, pages_for(MEASURED_STEPS), torch.float32, torch.device("cpu"))
         step = Step(ids=(0,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,))
         counts = [*(1 << n for n in range(most.bit_length()) if 1 << n < most), most]
         took: dict[int, float] = {}

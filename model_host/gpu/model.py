@@ -1,0 +1,226 @@
+"""A model on a GPU behind the step contract: small steps over static buffers and captured graphs, longer ones as plain torch.
+
+Owns: the graphs, the buffers they read, and which path a step takes. Knows nothing of requests; the latent pool is handed in.
+
+A step of up to `MAX_ROWS` tokens (decode of several sequences, or a few drafted tokens to verify, or both) is a set of rows: each
+token attends to its own context, and rows of one sequence share a page table. All that changes from step to step are integers, which
+go to the device in one asynchronous copy from pinned memory; then the graph of the next larger number of rows is replayed.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_host.batch import Step
+from model_host.latents import LatentPool, Layout
+from model_host.models.deepseek_v2 import MLP, Attention, Block, Gate, Model, MoE
+from model_host.pages import PAGE_TOKENS, pages_for
+
+GRAPH_ROWS = (1, 2, 4, 8, 16)
+MAX_ROWS = GRAPH_ROWS[-1]
+SHORT_TOKENS = 64
+"""Longer steps with spans up to this long attend over latents; still longer spans over expanded keys."""
+
+
+class Operations(Protocol):
+    """What `plain` and `kernels` have in common."""
+
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    latent_queries: Callable[..., tuple[Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+    values: Callable[..., Tensor]
+    route: Callable[..., tuple[Tensor, Tensor]]
+    experts: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+
+
+class Rows:
+    """The integers of a small step, on the host (pinned where there is a GPU) and on the device, always at the same addresses."""
+
+    FIELDS = 5
+
+    def __init__(self, max_pages: int, device: torch.device) -> None:
+        size = MAX_ROWS * (self.FIELDS + max_pages)
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(size, dtype=torch.int32, device=device)
+        self.ids, self.positions, self.slots, self.owners, self.wanted = self._fields(self._device)  # [MAX_ROWS] each
+        self.tables = self._tables(self._device, max_pages)  # [MAX_ROWS, max_pages]
+        self._host_tables = self._tables(self._host, max_pages)
+        self._known: list[tuple[int, ...]] = [()] * MAX_ROWS
+        """The pages that stand in each host table."""
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def _fields(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        return buffer[: MAX_ROWS * self.FIELDS].view(self.FIELDS, MAX_ROWS).unbind()
+
+    def _tables(self, buffer: Tensor, max_pages: int) -> Tensor:
+        return buffer[MAX_ROWS * self.FIELDS :].view(MAX_ROWS, max_pages)
+
+    def fill(self, step: Step) -> None:
+        """Puts a step of at most `MAX_ROWS` tokens into the buffers. Rows beyond its tokens repeat its first one: they write the
+        same latents to the same slot and choose the same experts, so they cost next to nothing and change nothing."""
+        positions: list[int] = []
+        slots: list[int] = []
+        owners: list[int] = []
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still be reading
+        for number, span in enumerate(step.spans):
+            for position in range(span.context - span.tokens, span.context):
+                positions.append(position)
+                slots.append(span.pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
+                owners.append(number)
+            self._write_table(number, span.pages)
+        columns = (step.ids, positions, slots, owners, step.wanted or (0,))
+        padded = [[*column, *[column[0]] * (MAX_ROWS - len(column))] for column in columns]
+        self._host[: MAX_ROWS * self.FIELDS] = torch.tensor(padded, dtype=torch.int32).flatten()
+        used = MAX_ROWS * self.FIELDS + len(step.spans) * self.tables.shape[1]
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _write_table(self, number: int, pages: tuple[int, ...]) -> None:
+        """A sequence that goes on has the pages it had and at times one more."""
+        known = len(self._known[number])
+        if pages[:known] != self._known[number]:
+            known = 0
+        if len(pages) > known:
+            self._host_tables[number, known : len(pages)] = torch.tensor(pages[known:], dtype=torch.int32)
+        self._known[number] = pages
+
+
+class GpuModel:
+    """Runs steps on one GPU. On another device, or without graphs, the same code runs operation by operation."""
+
+    def __init__(self, model: Model, operations: Any = None, short_tokens: int = SHORT_TOKENS) -> None:
+        """Takes the model over: the weights of projections that read the same input are laid one after the other."""
+        if operations is None:
+            from model_host.gpu import kernels as operations  # noqa: PLC0415  Triton is there only where CUDA is
+        self.model, self.config, self.short_tokens = model, model.config, short_tokens
+        self.device, self.latent_dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.precision = str(self.latent_dtype).removeprefix("torch.")
+        self._do: Operations = operations
+        self._input_weights = [_joined(block.self_attn) for block in model.blocks()]
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self._rows: Rows | None = None
+        self._latents: LatentPool | None = None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @torch.inference_mode()
+    def forward(self, step: Step, latents: LatentPool) -> Tensor:
+        """Float32 logits [wanted, vocab] of the step, on the device. Nothing here waits for the device."""
+        if len(step.ids) > MAX_ROWS or len(step.wanted) > len(step.ids):
+            logits: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents)
+            return logits
+        rows = self._bound(latents)
+        rows.fill(step)
+        count = next(size for size in GRAPH_ROWS if size >= len(step.ids))
+        if self.device.type == "cuda":
+            if count not in self._graphs:
+                self._graphs[count] = self._capture(count, rows, latents)
+            graph, logits = self._graphs[count]
+            graph.replay()
+        else:
+            logits = self._run(count, rows, latents)
+        return logits[: len(step.wanted)].to(torch.float32, copy=True)  # the next replay overwrites them
+
+    @torch.inference_mode()
+    def prepare(self, latents: LatentPool) -> None:
+        """Captures the graphs of all sizes, for a pool that holds nothing yet: its first page is written. Without this, each graph
+        is captured when it is first needed, which takes a second or more."""
+        for size in GRAPH_ROWS:
+            if self.device.type == "cuda" and size not in self._graphs:
+                self._graphs[size] = self._capture(size, self._bound(latents), latents)
+
+    def _bound(self, latents: LatentPool) -> Rows:
+        """The buffers for this pool; graphs hold the addresses of the pool they were captured with."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread: Triton launches on the current one
+        if self._rows is None or self._latents is not latents:
+            self._graphs.clear()
+            most = min(pages_for(self.config.max_position_embeddings), latents.c_kv.shape[1] // PAGE_TOKENS)
+            self._rows, self._latents = Rows(most, self.device), latents
+        return self._rows
+
+    def _capture(self, count: int, rows: Rows, latents: LatentPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Runs once so that kernels are compiled and libraries have their workspaces, then records. The step in the buffers is
+        simply run again by the replay: it writes the same latents to the same slots."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            self._run(count, rows, latents)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((known.pool() for known, _ in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._run(count, rows, latents)
+        return graph, logits
+
+    def _run(self, count: int, rows: Rows, latents: LatentPool) -> Tensor:
+        """The forward pass of the first `count` rows: logits [count, vocab], in the model's type."""
+        model, do = self.model, self._do
+        positions = rows.positions[:count]
+        rotation = torch.view_as_real(model.rotation(positions))  # [T, P/2, 2]
+        contexts = positions + 1
+        x = model.embed_tokens(rows.ids[:count])  # [T, D]
+        normed = next(model.blocks()).input_layernorm(x)
+        following = [*(block.input_layernorm for block in model.blocks()), model.norm][1:]
+        for layer, block in enumerate(model.blocks()):
+            attended = self._attention(block.self_attn, layer, normed, rotation, contexts, rows, latents)
+            norm = block.post_attention_layernorm
+            x, normed = do.add_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps)
+            parts, shares = self._mlp(block, normed)
+            x, normed = do.add_norm(x, parts, shares, following[layer].weight, following[layer].eps)
+        return do.linear(normed[rows.wanted[:count]], model.lm_head.weight)
+
+    def _attention(
+        self, attention: Attention, layer: int, x: Tensor, rotation: Tensor, contexts: Tensor, rows: Rows, latents: LatentPool
+    ) -> Tensor:
+        """x [T, D] -> [T, D]; writes the rows' latents into the pool."""
+        do, count = self._do, len(x)
+        if attention.q_is_low_rank:
+            q = do.linear(attention.q_a_layernorm(do.linear(x, attention.q_a_proj.weight)), attention.q_b_proj.weight)
+            projected = torch.cat((q, do.linear(x, attention.kv_a_proj_with_mqa.weight)), dim=-1)
+        else:
+            projected = do.linear(x, self._input_weights[layer])
+        kv_b = attention.kv_b_proj.weight.view(attention.heads, -1, attention.kv_rank)  # [H, N+V, R]
+        c_kv, k_pe = latents.c_kv[layer], latents.k_pe[layer]
+        norm = attention.kv_a_layernorm
+        queries = do.latent_queries(projected, rotation, rows.slots[:count], norm.weight, norm.eps, kv_b, c_kv, k_pe)
+        mixed = do.attend(*queries, c_kv, k_pe, rows.tables, rows.owners[:count], contexts, attention.scale)
+        return do.linear(do.values(mixed, kv_b, attention.nope_dim), attention.o_proj.weight)
+
+    def _mlp(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [T, D] -> parts [T, M, D] and their shares [T, M], or None where they are simply added."""
+        mlp, do = block.mlp, self._do
+        if isinstance(mlp, MLP):
+            inner = F.silu(do.linear(x, mlp.gate_proj.weight)) * do.linear(x, mlp.up_proj.weight)
+            return do.linear(inner, mlp.down_proj.weight).unsqueeze(1), None
+        assert isinstance(mlp, MoE)
+        seen_by_all, shared = 0, None
+        if mlp.shared_experts is not None:
+            every = mlp.shared_experts
+            shared = (every.gate_proj.weight, every.up_proj.weight, every.down_proj.weight)
+            seen_by_all = every.down_proj.in_features // mlp.experts.down_proj.shape[-1]
+        shares, ids = self._routed(mlp.gate, x, seen_by_all)
+        return do.experts(x, ids, mlp.experts.gate_up_proj, mlp.experts.down_proj, shared), shares
+
+    def _routed(self, gate: Gate, x: Tensor, seen_by_all: int) -> tuple[Tensor, Tensor]:
+        if gate.groups == 1:
+            return self._do.route(x, gate.weight, gate.top_k, gate.scaling, seen_by_all)
+        shares, ids = gate(x)  # the choice within groups is left to torch: some more launches, no wait
+        return F.pad(shares, (0, seen_by_all), value=1.0), ids.int()
+
+
+def _joined(attention: Attention) -> Tensor:
+    """The weights of the queries' and the latents' projections as one matrix [H*(N+P) + R+P, D], of which theirs become parts."""
+    if attention.q_is_low_rank:
+        return attention.kv_a_proj_with_mqa.weight
+    projections = (attention.q_proj, attention.kv_a_proj_with_mqa)
+    with torch.no_grad():
+        joined = torch.cat([projection.weight for projection in projections])
+        for projection, part in zip(projections, joined.split([len(p.weight) for p in projections]), strict=True):
+            projection.weight.data = part
+    return joined
