@@ -1,7 +1,6 @@
 """Each Triton kernel against its plain torch form, and small steps over static buffers against the plain model. On a GPU the
 kernels run compiled and captured; without one under Triton's interpreter, with the same sizes."""
 
-import os
 from types import ModuleType
 from typing import Any
 
@@ -52,8 +51,6 @@ GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    if DEVICE.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
     from model_host.gpu import kernels
 
