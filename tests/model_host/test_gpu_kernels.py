@@ -2,6 +2,7 @@
 kernels run compiled and captured; without one under Triton's interpreter, with the same sizes."""
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -49,6 +50,15 @@ ODD = {
     "num_attention_heads": 19,
 }
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0, "q_lora_rank": 24}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The matrices are so small that threads would only wait for each other, long so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
