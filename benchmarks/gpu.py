@@ -429,7 +429,8 @@ def tuning(bench: Bench) -> None:
         tried.append(row)
         try:
             work = partial(over_layers, getattr(kernels, operation), given[operation, rows], sizes)
-            row["us a layer"] = device_seconds(bench.device, work) / len(layers) * 1e6
+            took = device_seconds(bench.device, work)
+            row |= {"us a layer": took / len(layers) * 1e6, "GB/s": bytes_read(operation, given[operation, rows]) / took / 1e9}
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         return float(row.get("us a layer", math.inf))
@@ -453,6 +454,20 @@ def tuning(bench: Bench) -> None:
     bench.operations = SimpleNamespace(**{name: getattr(kernels, name) for name in ("add_norm", "latent_queries", "values", "route")})
     for name in ("linear", "attend", "experts"):
         setattr(bench.operations, name, partial(getattr(kernels, name), tuning=best))
+
+
+def bytes_read(operation: str, arguments: list[tuple[Any, ...]]) -> float:
+    """Of weights or latents, each counted once."""
+    total = 0.0
+    for given in arguments:
+        if operation == "linear":
+            total += given[1].nbytes
+        elif operation == "attend":
+            total += int(given[6].sum()) * (given[2][0].nbytes + given[3][0].nbytes)
+        else:
+            _, ids, gate_up, down, shared = given
+            total += int(ids.unique().numel()) * (gate_up[0].nbytes + down[0].nbytes) + sum(matrix.nbytes for matrix in shared)
+    return total
 
 
 def over_layers(operation: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: Any) -> None:

@@ -44,7 +44,7 @@ class Tuning:
     linear_rows: int = 1
     """Up to so many rows `linear` is the kernel here; above, torch's matmul."""
     linear: Tile = field(default=Tile(8, 512, 4))
-    attend: Tile = field(default=Tile(64, 0, 4, 2))
+    attend: Tile = field(default=Tile(32, 0, 4, 3))
     """`rows` are tokens of context here."""
     programs: int = 128
     """How many parts the contexts of a step are split into, all rows together: about one for each multiprocessor."""

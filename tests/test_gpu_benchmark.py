@@ -1,0 +1,33 @@
+"""The GPU benchmark from end to end with its tiny model: what it would measure is not looked at, only that nothing fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from model_host.config import ModelConfig
+
+
+def test_every_section_of_the_gpu_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu.main()
+    torch.set_num_threads(threads)
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert {name: found["error"] for name, found in sections.items() if "error" in found} == {}
+    assert list(sections) == [name for name, _, _ in gpu.SECTIONS]
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["metrics"]["float32_same_tokens_percent"] == 100
+
+
+def test_the_bytes_of_a_token_are_those_of_the_weights_it_uses():
+    """4.9 GB of Coder-V2-Lite's 31.4 are active: all but the embeddings and 58 of each layer's 64 experts."""
+    config = ModelConfig.model_validate(gpu.LITE)
+    every = gpu.token_bytes(config, 10**6, 0, 2) + config.vocab_size * config.hidden_size * 2
+    assert every == pytest.approx(31.41e9, rel=1e-3)
+    assert gpu.token_bytes(config, 1, 0, 2) == pytest.approx(4.90e9, rel=1e-3)
