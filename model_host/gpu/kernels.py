@@ -37,14 +37,14 @@ class Tuning:
 
     few_rows: int = 2
     """Up to so many rows the experts are walked through by choice; above, by expert, so that those chosen twice are read once."""
-    few_up: Tile = field(default=Tile(8, 512, 4))
-    few_down: Tile = field(default=Tile(8, 512, 4))
+    few_up: Tile = field(default=Tile(4, 1024, 4))
+    few_down: Tile = field(default=Tile(4, 2048, 4))
     many_up: Tile = field(default=Tile(32, 128, 4, 4))
     many_down: Tile = field(default=Tile(32, 128, 4, 4))
     linear_rows: int = 1
     """Up to so many rows `linear` is the kernel here; above, torch's matmul."""
-    linear: Tile = field(default=Tile(8, 512, 4))
-    attend: Tile = field(default=Tile(32, 0, 4, 3))
+    linear: Tile = field(default=Tile(4, 1024, 4))
+    attend: Tile = field(default=Tile(64, 0, 8, 2))
     """`rows` are tokens of context here."""
     programs: int = 128
     """How many parts the contexts of a step are split into, all rows together: about one for each multiprocessor."""
