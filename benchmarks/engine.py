@@ -89,7 +89,7 @@ def against_transformers(name: str, config: ModelConfig, contexts: tuple[int, ..
             for what, seconds in (("prefill", lambda t: t.prefill_s), ("decode", lambda t: t.decode_s)):
                 theirs, ours = best(times, "transformers", seconds), best(times, "ours", seconds)
                 metrics[f"{name}_{context}_{what}_ratio"] = theirs[0] / ours[0]
-            lightest = {kind: min(t[-1].bytes_above for key, t in times.items() if key[0] == kind) for kind in PRECISIONS}
+            lightest = {kind: min(most_above(t) for key, t in times.items() if key[0] == kind) for kind in PRECISIONS}
             metrics[f"{name}_{context}_memory_share"] = lightest["ours"] / lightest["transformers"]
     return metrics
 
@@ -134,22 +134,27 @@ def described(name: str, context: int, times: dict[tuple[str, str], list[Timing]
         stem = f"{name}_{kind}_{precision}"
         metrics[f"{stem}_prefill_tokens_per_s"] = context / median(t.prefill_s for t in timings)
         metrics[f"{stem}_decode_tokens_per_s"] = 1 / median(t.decode_s for t in timings)
-        metrics[f"{stem}_mb_above_weights"] = timings[-1].bytes_above / 1e6
+        metrics[f"{stem}_mb_above_weights"] = most_above(timings) / 1e6
     return metrics
 
 
+def most_above(timings: list[Timing]) -> int:
+    """Rounds after the first find the memory of the first still there."""
+    return max(timing.bytes_above for timing in timings)
+
+
 def read_bytes_per_s() -> float:
-    """How fast memory is read by THREADS threads, the best of some."""
+    """How fast memory is read by THREADS threads: the best of many, since neighbours share it."""
     torch.set_num_threads(THREADS)
     numbers = torch.ones(1 << 28)  # 1 GiB
-    return max(numbers.nbytes / seconds(read) for read in (numbers.sum, numbers.max) for _ in range(5))
+    return max(numbers.nbytes / seconds(read) for read in (numbers.sum, numbers.max) for _ in range(20))
 
 
 def operations_per_s() -> float:
-    """How fast matrices are multiplied by THREADS threads, the best of float32 and bfloat16."""
+    """How fast torch multiplies matrices with THREADS threads, the best of float32 and bfloat16."""
     torch.set_num_threads(THREADS)
     factors = [(torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    return max(2 * 1024 * 2048 * 2048 / seconds(partial(torch.matmul, a, b)) for a, b in factors for _ in range(5))
+    return max(2 * 1024 * 2048 * 2048 / seconds(partial(torch.matmul, a, b)) for a, b in factors for _ in range(30))
 
 
 def in_own_process(measure: Callable[[], float]) -> float:
