@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/deepseek-lsp complete examples/inventory.py:24 --type s
+	@$(BIN)/deepseek-lsp complete examples/inventory.py:24 --type r
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

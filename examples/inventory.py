@@ -20,7 +20,7 @@ class Inventory:
     def add(self, item: Item) -> None:
         self.items[item.name] = item
 
-    def remove(self, name: str) -> None:
+    def get(self, name: str) -> Item:
         
 
     def total(self) -> float:

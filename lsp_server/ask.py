@@ -5,7 +5,6 @@ Owns: whether to ask at all, the deadline, when to stop reading. The only module
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
 
 from lsprotocol import types
 
@@ -13,7 +12,6 @@ from lsp_server import context, filters
 from lsp_server.host import Host
 from lsp_server.session import Document, Snapshot
 from lsp_server.settings import InlineSettings
-from model_host.catalogue import without_infilling
 from model_host.errors import EngineError
 from model_host.generation import Cost, Engine, Generation, Priority, Request, Sampling
 
@@ -51,8 +49,8 @@ async def complete(
     snapshot = document.snapshot(position)
     if reason := context.refusal(snapshot, document.chars, settings.max_document_chars):
         return Answer(reason=reason)
-    if not host.engine.facts.has_fim:
-        return Answer(reason=without_infilling(Path(host.engine.facts.checkpoint)))
+    if reason := host.engine.facts.without_fim:
+        return Answer(reason=reason)
     try:
         return await filled(host.engine, snapshot, shown_path, settings, priority)
     except EngineError as error:

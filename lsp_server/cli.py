@@ -24,7 +24,6 @@ from lsp_server.host import Host
 from lsp_server.server import create_server
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import Settings, merge, user_file, user_settings
-from model_host.catalogue import CATALOGUE, RECOMMENDED, Infilling, Precision
 from model_host.errors import EngineError
 from model_host.generation import Facts
 
@@ -165,9 +164,10 @@ def show_load(console: Console, facts: Facts) -> None:
 
 def show_cost(console: Console, answer: ask.Answer) -> None:
     if cost := answer.cost:
+        tokens = f"{cost.computed_tokens} token{'' if cost.computed_tokens == 1 else 's'}"
         console.print(
             f"cost     first token after {1000 * cost.first_token_s:.0f} ms, then {cost.tokens_per_s:.0f} tokens/s;"
-            f" {cost.computed_tokens} tokens of the prompt computed, {cost.cached_tokens} reused, {cost.new_tokens} new"
+            f" {tokens} of the prompt computed, {cost.cached_tokens} reused, {cost.new_tokens} new"
         )
 
 
@@ -213,26 +213,28 @@ def doctor(
 
 def show_models(console: Console) -> None:
     """The catalogue, a row a model, and where each would fit as it is published (bfloat16)."""
-    inspection = importlib.import_module("model_host.inspection")
+    inspection, catalogue = (importlib.import_module(f"model_host.{name}") for name in ("inspection", "catalogue"))
+    infills = {catalogue.Infilling.TRAINED: "yes", catalogue.Infilling.DOUBTFUL: "badly"}
     table = Table("model", "size", "memory", "context", "infills", "chats", "fits on", box=None, pad_edge=False)
     for entry, places in inspection.fitting():
         table.add_row(
             entry.name,
             f"{entry.parameters / 1e9:.0f} B",
-            f"{entry.weight_bytes(Precision.BFLOAT16) / 1e9:.0f} GB",
+            f"{entry.weight_bytes(catalogue.Precision.BFLOAT16) / 1e9:.0f} GB",
             f"{entry.context_tokens // 1024} k",
-            {Infilling.TRAINED: "yes", Infilling.DOUBTFUL: "badly"}.get(entry.infilling, "no"),
+            infills.get(entry.infilling, "no"),
             "yes" if entry.chat else "no",
             ", ".join(places) or "nothing",
         )
     console.width = max(console.width, 96)  # a narrow terminal may fold lines, but names stay whole
     console.print(table)
     console.print()
-    for entry in CATALOGUE:
+    for entry in catalogue.CATALOGUE:
         console.print(f"{entry.name.partition('/')[2]}: {entry.good_for}.")
+    recommended = catalogue.RECOMMENDED
     console.print(
-        f"\nTo fill in code choose {RECOMMENDED.name}. Memory is that of the weights in bfloat16; 16 k tokens of context have to fit"
-        f" beside them.\nWeights: {RECOMMENDED.licence.name if RECOMMENDED.licence else ''}; the starter needs none of this."
+        f"\nTo fill in code choose {recommended.name}. Memory is that of the weights in bfloat16; 16 k tokens of context have to fit"
+        f" beside them.\nWeights: {recommended.licence.name}; the starter needs none of this."
     )
 
 

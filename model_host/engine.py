@@ -15,6 +15,7 @@ import llguidance
 import torch
 from torch import Tensor
 
+from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
@@ -59,7 +60,7 @@ def load_engine(
         parameters=model.config.parameters,
         weight_bytes=model.weight_bytes,
         context_tokens=model.config.max_position_embeddings,
-        has_fim=tokenizer.has_fim,
+        without_fim=None if tokenizer.has_fim else without_infilling(folder),
         load_s=time.monotonic() - started,
         cache_bytes=runner.cache_bytes,
         cache_tokens=runner.pages * PAGE_TOKENS,

@@ -202,8 +202,9 @@ class Facts:
     parameters: int
     weight_bytes: int
     context_tokens: int
-    has_fim: bool
     load_s: float
+    without_fim: str | None = None
+    """Why it cannot fill in the middle, a sentence for the user; None when it can."""
     cache_bytes: int = 0
     """Memory for latents."""
     cache_tokens: int = 0

@@ -16,9 +16,7 @@ from lsp_server.server import create_server
 from lsp_server.settings import user_settings
 from model_host.generation import Cost, Facts, Finish, Generation, Request
 
-FACTS = Facts(
-    checkpoint="scripted", device="cpu", dtype="float32", parameters=0, weight_bytes=0, context_tokens=16_384, has_fim=True, load_s=0.0
-)
+FACTS = Facts(checkpoint="scripted", device="cpu", dtype="float32", parameters=0, weight_bytes=0, context_tokens=16_384, load_s=0.0)
 
 
 class ScriptedEngine:

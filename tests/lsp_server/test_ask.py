@@ -57,7 +57,7 @@ async def test_a_cancelled_question_cancels_its_generation():
     [
         ([], {}, SETTINGS, "nothing to add"),
         (["\n\n"], {}, SETTINGS, "nothing to add"),
-        (["y"], {"has_fim": False}, SETTINGS, "no fill-in-the-middle tokens"),
+        (["y"], {"without_fim": "It has no fill-in-the-middle tokens."}, SETTINGS, "no fill-in-the-middle tokens"),
         (["y"], {}, InlineSettings(enabled=False), "inline.enabled is false"),
         ([None], {}, InlineSettings(deadline_s=0.05), "inline.deadline_s = 0.05"),
     ],

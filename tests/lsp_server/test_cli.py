@@ -22,11 +22,11 @@ def test_complete_shows_the_hole_filled_what_it_cost_and_what_one_more_character
     before = EXAMPLE.read_bytes()
     done = run("complete", f"{EXAMPLE}:24", "--type", "s", home=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "def remove(self, name: str) -> None:\n   24 ▌         " in done.stdout
+    assert "def get(self, name: str) -> Item:\n   24 ▌         " in done.stdout
     assert "\x1b" not in done.stdout
     first, second = [line for line in done.stdout.splitlines() if line.startswith("cost")]
     assert ", 0 reused" in first and "tokens/s" in first and "loaded in" in done.stdout
-    assert "; 1 tokens of the prompt computed" in second
+    assert "; 1 token of the prompt computed" in second
     assert EXAMPLE.read_bytes() == before
 
 
