@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 
+from benchmarks import llama_cpp_peer
 from benchmarks.peers import CHUNK_TOKENS, Timing, Worker, working
 from benchmarks.report import Goal, report
 from model_host.catalogue import LITE
@@ -22,6 +23,8 @@ from model_host.config import ModelConfig
 
 CONTEXTS = (512, 2048, 8192)
 PRECISIONS = {"ours": ("float32", "bfloat16", "int8"), "transformers": ("float32", "bfloat16")}
+if llama_cpp_peer.is_installed():
+    PRECISIONS["llama_cpp"] = llama_cpp_peer.PRECISIONS
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 THREADS = 2
 SHAPE = LITE.model_copy(
@@ -89,6 +92,8 @@ def against_transformers(name: str, config: ModelConfig, contexts: tuple[int, ..
             for what, seconds in (("prefill", lambda t: t.prefill_s), ("decode", lambda t: t.decode_s)):
                 theirs, ours = best(times, "transformers", seconds), best(times, "ours", seconds)
                 metrics[f"{name}_{context}_{what}_ratio"] = theirs[0] / ours[0]
+                if "llama_cpp" in PRECISIONS:
+                    metrics[f"{name}_{context}_{what}_ratio_to_llama_cpp"] = best(times, "llama_cpp", seconds)[0] / ours[0]
             lightest = {kind: min(most_above(t) for key, t in times.items() if key[0] == kind) for kind in PRECISIONS}
             metrics[f"{name}_{context}_memory_share"] = lightest["ours"] / lightest["transformers"]
     return metrics

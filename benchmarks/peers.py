@@ -6,7 +6,7 @@ Owns: how a prompt is read and a token decoded by each, and what memory that too
 import multiprocessing
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.llama_cpp_peer import LlamaCpp
 from model_host.batch import Span, Step
 from model_host.config import ModelConfig
 from model_host.latents import LatentPool
@@ -102,7 +103,7 @@ class Transformers:
         self._next = out.logits[:, -1:].argmax(-1)
 
 
-KINDS: dict[str, type[Ours] | type[Transformers]] = {"ours": Ours, "transformers": Transformers}
+KINDS: dict[str, Callable[[ModelConfig, str, int, int], Peer]] = {"ours": Ours, "transformers": Transformers, "llama_cpp": LlamaCpp}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,23 @@
 """The seam between words and weights: a cursor becomes a prompt, a generation becomes a suggestion, or a reason for none.
 
-Owns: whether to ask at all, the deadline, when to stop reading. The only module where documents meet the engine.
+Owns: whether to ask at all, from memory or the model, the deadline, when to stop reading. The only module where documents meet the engine.
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 from lsprotocol import types
 
 from lsp_server import context, filters
 from lsp_server.host import Host
+from lsp_server.remembered import Remembered
 from lsp_server.session import Document, Snapshot
 from lsp_server.settings import InlineSettings
 from model_host.errors import EngineError
 from model_host.generation import Cost, Engine, Generation, Priority, Request, Sampling
+
+AHEAD_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,8 @@ class Answer:
     """On the cursor's line; empty, or over the closing characters behind the cursor that the text brings itself."""
     before: str = ""
     """The cursor's line up to the cursor."""
+    accepted: Snapshot | None = None
+    """The document once the text is accepted."""
     reason: str = ""
     cost: Cost | None = None
 
@@ -35,9 +41,11 @@ async def complete(
     position: types.Position,
     shown_path: str,
     settings: InlineSettings,
+    remembered: Remembered,
     priority: Priority = Priority.INLINE,
 ) -> Answer:
-    """What to insert at `position`. Cancelling this coroutine cancels the generation."""
+    """What to insert at `position`: from memory where that holds, else from the model. Cancelling this coroutine cancels the
+    generation."""
     if not settings.enabled:
         return Answer(reason="Completions are switched off: inline.enabled is false.")
     if document is None:
@@ -51,20 +59,53 @@ async def complete(
         return Answer(reason=reason)
     if reason := host.engine.facts.without_fim:
         return Answer(reason=reason)
+    if text := filters.something(hole_at(snapshot, settings), remembered.rest(snapshot)):
+        return suggestion(snapshot, text)
     try:
-        return await filled(host.engine, snapshot, shown_path, settings, priority)
+        answer = await filled(host.engine, snapshot, shown_path, settings, priority)
     except EngineError as error:
         return Answer(reason=str(error))
+    if answer.text:
+        remembered.keep(snapshot, context.with_newlines([answer.text]))
+    return answer
 
 
-async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: InlineSettings, priority: Priority) -> Answer:
-    """Asks the engine to fill the hole at the snapshot's cursor."""
-    hole = filters.Hole(
+async def think_ahead(host: Host, snapshot: Snapshot, shown_path: str, settings: InlineSettings, remembered: Remembered) -> None:
+    """Asks for what would follow an accepted suggestion, while the user looks at it and nobody else wants the engine."""
+    if host.engine is None or remembered.rest(snapshot):
+        return
+    patient = settings.model_copy(update={"deadline_s": AHEAD_DEADLINE_S})
+    with contextlib.suppress(EngineError):
+        answer = await filled(host.engine, snapshot, shown_path, patient, Priority.BACKGROUND)
+        if answer.text:
+            remembered.keep(snapshot, context.with_newlines([answer.text]))
+
+
+def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:
+    return filters.Hole(
         before=snapshot.before,
         after=snapshot.after,
         following=snapshot.lines[snapshot.line + 1 : snapshot.line + 20],
         max_lines=settings.max_lines,
     )
+
+
+def suggestion(snapshot: Snapshot, text: str, cost: Cost | None = None) -> Answer:
+    """The answer that inserts `text`, which has \n for line endings, at the snapshot's cursor."""
+    overlap = len(snapshot.after) if snapshot.after and text.endswith(snapshot.after) else 0
+    own = text.replace("\n", snapshot.newline)
+    return Answer(
+        text=own,
+        range=snapshot.range(snapshot.column, snapshot.column + overlap),
+        before=snapshot.before,
+        accepted=snapshot.with_text(own, overlap),
+        cost=cost,
+    )
+
+
+async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: InlineSettings, priority: Priority) -> Answer:
+    """Asks the engine to fill the hole at the snapshot's cursor."""
+    hole = hole_at(snapshot, settings)
     request = Request(
         prompt=context.fim_prompt(snapshot, shown_path, settings.context_tokens),
         max_new_tokens=settings.max_new_tokens,
@@ -75,15 +116,8 @@ async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: 
         raw, in_time = await read(generation, hole, settings.deadline_s)
         generation.cancel()
         cost = await generation.finished() if in_time else None
-    text = filters.shown(hole, raw)
-    if text:
-        overlap = len(hole.after) if hole.after and text.endswith(hole.after) else 0
-        return Answer(
-            text=text.replace("\n", snapshot.newline),
-            range=snapshot.range(snapshot.column, snapshot.column + overlap),
-            before=snapshot.before,
-            cost=cost,
-        )
+    if text := filters.shown(hole, raw):
+        return suggestion(snapshot, text, cost)
     if not in_time:
         return Answer(reason=f"Nothing came within inline.deadline_s = {settings.deadline_s:g} s: a smaller model or context is faster.")
     return Answer(reason="The model only repeated what is there." if raw.strip() else "The model has nothing to add here.", cost=cost)

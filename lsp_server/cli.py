@@ -21,6 +21,7 @@ from rich.text import Text
 from lsp_server import ask
 from lsp_server.connection import VERSION
 from lsp_server.host import Host
+from lsp_server.remembered import Remembered
 from lsp_server.server import create_server
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import Settings, merge, user_file, user_settings
@@ -119,7 +120,7 @@ async def complete_and_show(file: Path, text: str, line: int, column: int | None
         language = LANGUAGES.get(file.suffix, "plaintext")
         document = Document(types.TextDocumentItem(file.resolve().as_uri(), language, 0, text), Encoding.Utf32)
         at = types.Position(line - 1, 10**9 if column is None else column - 1)
-        answer = await ask.complete(host, document, at, str(file), settings.inline)
+        answer = await ask.complete(host, document, at, str(file), settings.inline, Remembered())
         show(console, document, at, answer)
         show_load(console, host.engine.facts)
         show_cost(console, answer)
@@ -128,7 +129,7 @@ async def complete_and_show(file: Path, text: str, line: int, column: int | None
             here = before.range(before.column, before.column)
             document.change(types.TextDocumentContentChangePartial(range=here, text=typed))
             at = types.Position(line - 1, before.column + len(typed))
-            again = await ask.complete(host, document, at, str(file), settings.inline)
+            again = await ask.complete(host, document, at, str(file), settings.inline, Remembered())
             console.print(Text(f"\ntyped {typed!r}", style="bold"))
             show(console, document, at, again, around=0)
             show_cost(console, again)

@@ -5,7 +5,7 @@ Owns: the session, the settings, the host, who may answer (`take_turn`), and wha
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from pygls.workspace import Workspace
 
 from lsp_server.ask import Answer
 from lsp_server.host import Host
+from lsp_server.remembered import Remembered
 from lsp_server.session import Session
 from lsp_server.settings import SECTION, Layer, Settings, merge, workspace_layer
 
@@ -82,12 +83,15 @@ class Connection(LanguageServer):
         self.settings = Settings()
         self.last: Answer = Answer(reason="Nothing was asked for yet.")
         self.asked = self.shown = self.accepted = 0
+        self.remembered = Remembered()
         self._turns: dict[str, asyncio.Task[Answer]] = {}
+        self._ahead: asyncio.Task[None] | None = None
         self.apply_settings([])
 
     def apply_settings(self, problems: list[str]) -> None:
         """Merges all layers anew; tells the user of every value that was left out."""
         self.settings, wrong = merge([*self.user_layers, *self.client_layers.values()])
+        self.remembered.forget()
         for problem in [*problems, *wrong]:
             if problem not in self.problems:
                 self.problems.append(problem)
@@ -111,6 +115,7 @@ class Connection(LanguageServer):
 
     async def take_turn(self, name: str, work: Awaitable[Answer]) -> Answer | None:
         """Runs `work` as the only one of its name: an older one still running is cancelled, and its caller gets None."""
+        self.stop_ahead()
         older = self._turns.get(name)
         if older is not None:
             older.cancel()
@@ -127,6 +132,15 @@ class Connection(LanguageServer):
         finally:
             if self._turns.get(name) is turn:
                 del self._turns[name]
+
+    def run_ahead(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` until it is done or anything is asked for."""
+        self.stop_ahead()
+        self._ahead = asyncio.create_task(work)
+
+    def stop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.cancel()
 
     def explain(self, answer: Answer) -> None:
         """Keeps why nothing is shown, for the status request and the log."""

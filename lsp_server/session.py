@@ -4,8 +4,10 @@ Owns: text, lines and positions as LSP defines them (a line ends with \\n, \\r\\
 in the negotiated encoding). An edit costs the lines it touches. Lives on the event loop; only `Snapshot` leaves it.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from lsprotocol import types
@@ -76,6 +78,20 @@ class Snapshot:
     @property
     def path(self) -> str:
         return unquote(urlsplit(self.uri).path)
+
+    def with_text(self, text: str, replaced: int) -> Self:
+        """As it is once `text` stands at the cursor instead of `replaced` characters, and the cursor behind it."""
+        line = self.lines[self.line]
+        new = split_lines(line[: self.column] + text + line[self.column + replaced :])
+        if self.line < len(self.lines) - 1 and new[-1] == "":
+            new.pop()
+        written = split_lines(line[: self.column] + text)
+        return dataclasses.replace(
+            self,
+            lines=(*self.lines[: self.line], *new, *self.lines[self.line + 1 :]),
+            line=self.line + len(written) - 1,
+            column=len(written[-1]),
+        )
 
     def range(self, start_column: int, end_column: int) -> types.Range:
         """A range on the cursor's line, in client units."""

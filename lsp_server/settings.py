@@ -35,6 +35,7 @@ class InlineSettings(Part):
     deadline_s: float = Field(default=6.0, gt=0, le=120, description="A completion that takes longer is shown as far as it came.")
     context_tokens: int = Field(default=2048, ge=64, le=131_072, description="How much of the file the model sees, in tokens, about.")
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 always gives the likeliest completion.")
+    ahead: bool = Field(default=True, description="Compute what would follow a suggestion while it is looked at.")
     max_document_chars: int = Field(default=2_000_000, ge=1000, description="Larger documents are not completed.")
 
 

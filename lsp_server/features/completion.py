@@ -17,7 +17,8 @@ def register(server: Connection) -> None:
     async def completion(params: types.CompletionParams) -> types.CompletionList | None:
         uri = params.text_document.uri
         document = server.session.find(uri)
-        work = ask.complete(server.host, document, params.position, server.shown_path(uri), server.settings.inline, Priority.MENU)
+        path, settings = server.shown_path(uri), server.settings.inline
+        work = ask.complete(server.host, document, params.position, path, settings, server.remembered, Priority.MENU)
         answer = await server.take_turn(f"menu {uri}", work)
         if answer is None:
             return None

@@ -10,13 +10,16 @@ def register(server: Connection) -> None:
     @server.feature(types.TEXT_DOCUMENT_INLINE_COMPLETION, types.InlineCompletionOptions())
     async def inline_completion(params: types.InlineCompletionParams) -> types.InlineCompletionList | None:
         uri = params.text_document.uri
-        work = ask.complete(server.host, server.session.find(uri), params.position, server.shown_path(uri), server.settings.inline)
+        path, settings = server.shown_path(uri), server.settings.inline
+        work = ask.complete(server.host, server.session.find(uri), params.position, path, settings, server.remembered)
         answer = await server.take_turn(f"inline {uri}", work)
         if answer is None:
             return None
         server.explain(answer)
         if not answer.text:
             return None
+        if answer.accepted and settings.ahead:
+            server.run_ahead(ask.think_ahead(server.host, answer.accepted, path, settings, server.remembered))
         command = types.Command(title="Report that a suggestion was accepted", command=ACCEPTED, arguments=[len(answer.text)])
         item = types.InlineCompletionItem(insert_text=answer.text, range=answer.range, command=command)
         return types.InlineCompletionList(items=[item])

@@ -45,6 +45,21 @@ async def test_ghost_text_has_a_range_on_the_cursors_line_and_a_command_that_cou
     assert (await speaking.status())["requests"] == {"asked": 1, "shown": 1, "accepted": 1}
 
 
+async def test_typing_what_is_suggested_shows_the_rest_of_it_at_once(speaking: Editor):
+    await speaking.start()
+    speaking.open("class A:\n    def f(self):\n        ")
+    assert (await speaking.ghost(2, 8)).insert_text == "return self.name"
+    speaking.type(2, 8, "return se")
+    assert (await speaking.ghost(2, 17)).insert_text == "lf.name"
+
+
+async def test_the_next_suggestion_is_thought_of_ahead_and_given_up_when_the_user_asks_for_something_else(thinking: Editor):
+    await thinking.start({"inline": {"deadline_s": 0.2}})
+    thinking.open("a = \nb = ")
+    for line in (0, 1, 0, 1):  # a thought that held the engine or the turn would never let these be answered
+        assert (await thinking.ghost(line, 4)).insert_text == "ret"
+
+
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", 22), ("utf-16", 18), ("utf-32", 16)])
 async def test_positions_count_in_the_negotiated_encoding(speaking: Editor, encoding: str, character: int):
     result = await speaking.start(encodings=[encoding])
