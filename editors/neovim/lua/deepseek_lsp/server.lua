@@ -1,0 +1,144 @@
+--- The server's process: what Neovim is told to start, and starting it again after a crash.
+
+local state = require("deepseek_lsp.state")
+
+local M = { name = "deepseek_lsp" }
+
+local RESTARTS = 5
+local FIRST_WAIT_MS = 1000
+local LANGUAGES = { bash = "shellscript", sh = "shellscript", cs = "csharp", make = "makefile" }
+
+local crashes, restarting = 0, false
+local config
+
+--- Neovim's config of the server.
+local function config_of(options)
+  local capabilities = vim.lsp.protocol.make_client_capabilities()
+  if not vim.lsp.inline_completion then
+    capabilities.textDocument.inlineCompletion = { dynamicRegistration = false }
+    capabilities.general.positionEncodings = { "utf-8" } -- characters are bytes then, as in Neovim
+  end
+  return {
+    name = M.name,
+    cmd = options.cmd,
+    filetypes = options.filetypes,
+    root_markers = options.root_markers,
+    capabilities = capabilities,
+    init_options = vim.tbl_isempty(options.settings) and vim.empty_dict() or options.settings,
+    get_language_id = function(_, filetype)
+      return LANGUAGES[filetype] or filetype
+    end,
+    on_exit = function(code, signal)
+      vim.schedule(function() -- Neovim 0.10 forgets the client in what it schedules after this, so we come after that
+        vim.schedule(function()
+          M.ended(code, signal)
+        end)
+      end)
+    end,
+  }
+end
+
+--- Neovim 0.10 has no list of servers to enable: a buffer of ours starts one or joins it.
+local function start_in(buffer)
+  if vim.api.nvim_buf_is_loaded(buffer) and vim.bo[buffer].buftype == "" and vim.list_contains(config.filetypes, vim.bo[buffer].filetype) then
+    config.root_dir = vim.fs.root(buffer, config.root_markers)
+    vim.lsp.start(config, { bufnr = buffer })
+  end
+end
+
+local function start_everywhere()
+  if vim.fn.executable(config.cmd[1]) == 0 then
+    state.failed(config.cmd[1] .. " is not found: see :checkhealth deepseek_lsp")
+    return
+  end
+  if vim.lsp.enable then
+    vim.lsp.enable(M.name)
+  else
+    vim.tbl_map(start_in, vim.api.nvim_list_bufs())
+  end
+end
+
+local function stop()
+  if vim.lsp.enable then
+    vim.lsp.enable(M.name, false)
+  else
+    vim.lsp.stop_client(vim.lsp.get_clients({ name = M.name }))
+  end
+end
+
+function M.start(options)
+  config = config_of(options)
+  if vim.lsp.enable then
+    vim.lsp.config(M.name, config)
+  elseif vim.fn.executable(config.cmd[1]) == 1 then
+    vim.api.nvim_create_autocmd("FileType", {
+      group = vim.api.nvim_create_augroup("deepseek_lsp.start", {}),
+      pattern = config.filetypes,
+      callback = function(event)
+        start_in(event.buf)
+      end,
+    })
+  end
+  start_everywhere()
+end
+
+--- What is started; nil before setup().
+---@return string[]?
+function M.command()
+  return config and config.cmd
+end
+
+---@return vim.lsp.Client?
+function M.client()
+  return vim.lsp.get_clients({ name = M.name })[1]
+end
+
+--- Calls `method` of the server; `heard(error, result)` is called on Neovim's loop.
+function M.request(method, params, heard)
+  local client = M.client()
+  if not client then
+    heard({ message = state.detail() }, nil)
+  elseif vim.fn.has("nvim-0.11") == 1 then
+    client:request(method, params, heard)
+  else
+    client.request(method, params, heard)
+  end
+end
+
+--- Ends the server and, once it is gone, starts it anew.
+function M.restart()
+  crashes = 0
+  restarting = M.client() ~= nil
+  state.starting("The server is started again.")
+  stop()
+  if not restarting then
+    start_everywhere()
+  end
+end
+
+--- A server that went on its own is started again, each time after twice the wait, and after a few times no more.
+function M.ended(code, signal)
+  if restarting then
+    restarting = false
+    start_everywhere()
+    return
+  end
+  if code == 0 and (signal == 0 or signal == 15) or vim.v.exiting ~= vim.NIL then
+    state.stopped("The server was stopped.")
+    return
+  end
+  crashes = crashes + 1
+  local how = ("The server ended by itself (status %d, signal %d)"):format(code, signal)
+  if crashes > RESTARTS then
+    state.failed(how .. (", %d times; :DeepseekLog says why, :DeepseekRestart tries again."):format(crashes))
+    return
+  end
+  local wait_ms = FIRST_WAIT_MS * 2 ^ (crashes - 1)
+  state.failed(how .. (" and is started again in %d s."):format(wait_ms / 1000))
+  vim.defer_fn(function()
+    stop()
+    start_everywhere()
+  end, wait_ms)
+end
+
+return M

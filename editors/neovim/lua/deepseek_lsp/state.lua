@@ -1,0 +1,111 @@
+--- What the user is told about the server: loading, ready, busy, off or error, and why.
+
+local M = { enabled = false }
+
+local now = { kind = "off", detail = "No buffer with a server yet." }
+local percent = 0
+local servers = 0 -- so many were there; what one that is gone still says does not count
+local asking = {} -- the requests for ghost text that are not answered yet, by client and id
+
+local function redraw()
+  vim.cmd("redrawstatus!")
+end
+
+local function set(kind, detail)
+  now = { kind = kind, detail = detail }
+  redraw()
+end
+
+function M.set_enabled(enabled)
+  M.enabled = enabled
+  redraw()
+end
+
+--- The server that was there is gone.
+local function gone()
+  servers, percent, asking = servers + 1, 0, {}
+end
+
+function M.failed(why)
+  gone()
+  set("error", why)
+end
+
+function M.starting(how)
+  gone()
+  set("loading", how)
+end
+
+function M.stopped(why)
+  gone()
+  set("off", why)
+end
+
+--- loading, ready, busy, off or error
+function M.kind()
+  if not M.enabled and now.kind == "ready" then
+    return "off"
+  end
+  return now.kind == "ready" and next(asking) and "busy" or now.kind
+end
+
+function M.detail()
+  return M.kind() == "off" and now.kind == "ready" and "Ghost text is switched off: :DeepseekToggle." or now.detail
+end
+
+function M.short()
+  local kind = M.kind()
+  return "deepseek " .. (kind == "loading" and percent .. "%%" or kind)
+end
+
+local KINDS = { waiting = "loading", loading = "loading", ready = "ready", failed = "error", disabled = "off" }
+
+--- Asks the server how it stands.
+function M.refresh()
+  local asked = servers
+  require("deepseek_lsp.server").request("deepseek-lsp/status", nil, function(error, status)
+    if asked ~= servers then
+      return
+    end
+    if error then
+      set("error", error.message)
+    else
+      set(KINDS[status.state] or "error", status.message)
+    end
+  end)
+end
+
+--- Follows the server by what it and Neovim say about it.
+function M.watch()
+  local name = require("deepseek_lsp.server").name
+  local group = vim.api.nvim_create_augroup("deepseek_lsp.state", {})
+  local function on(event, heard)
+    vim.api.nvim_create_autocmd(event, {
+      group = group,
+      callback = function(args)
+        local client = vim.lsp.get_client_by_id(args.data.client_id)
+        if client and client.name == name then
+          heard(args.data)
+        end
+      end,
+    })
+  end
+  on("LspAttach", M.refresh)
+  on("LspProgress", function(data)
+    local value = data.params.value
+    if value.kind == "end" then
+      M.refresh()
+    else
+      percent = value.percentage or percent
+      set("loading", value.message or value.title)
+    end
+  end)
+  on("LspRequest", function(data)
+    if data.request.method == "textDocument/inlineCompletion" then
+      asking[data.client_id .. ":" .. data.request_id] = data.request.type == "pending" or nil
+      redraw()
+    end
+  end)
+end
+
+return M

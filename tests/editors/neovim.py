@@ -1,0 +1,103 @@
+"""Neovim as a user has it: in a terminal, with the plugin set up in its init.lua. Keys go in; the screen and the state are read."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pynvim
+
+from tests.editors import install
+from tests.editors.terminal import LIMIT_S, Terminal
+
+REPOSITORY = Path(__file__).parents[2]
+PLUGIN = REPOSITORY / "editors/neovim"
+INIT = """
+vim.opt.runtimepath:prepend({plugin})
+vim.o.swapfile, vim.o.shada, vim.o.laststatus, vim.o.more, vim.o.cmdheight = false, "", 2, false, 3
+vim.o.statusline = "%t %m %= %{{%v:lua.require'deepseek_lsp'.statusline()%}} "
+{before}
+require("deepseek_lsp").setup(vim.json.decode({options}))
+"""
+TAB, ESCAPE, ENTER = "\t", "\x1b", "\r"
+
+
+class Neovim:
+    def __init__(self, folder: Path, suite: str = "forky", options: dict[str, Any] | None = None, before: str = "") -> None:
+        """An editor in `folder`, which gets an init.lua, a socket and a home."""
+        root = install.neovim(suite)
+        self.folder = folder
+        (folder / ".git").mkdir()
+        init, socket = folder / "init.lua", folder / "socket"
+        options_lua = f"[==[{json.dumps(options or {})}]==]"
+        init.write_text(INIT.format(plugin=json.dumps(str(PLUGIN)), options=options_lua, before=before))
+        env = {
+            "VIMRUNTIME": str(root / "usr/share/nvim/runtime"),
+            "PATH": f"{install.SCRIPTS}:{os.environ['PATH']}",
+            "HOME": str(folder / "home"),
+            "XDG_STATE_HOME": str(folder / "home/state"),
+        }
+        nvim = str(root / "usr/bin/nvim")
+        self.terminal = Terminal(nvim, "-u", str(init), "-i", "NONE", "--listen", str(socket), cwd=folder, env=env)
+        self.terminal.until(lambda screen: socket.exists())
+        self._nvim = pynvim.attach("socket", path=str(socket))
+        self.until(lambda: self.lua("return vim.v.vim_did_enter") == 1)
+
+    def lua(self, code: str, *arguments: Any) -> Any:
+        return self._nvim.exec_lua(code, *arguments)
+
+    def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
+        """What the condition gives once that is something."""
+        deadline = time.monotonic() + limit_s
+        while not (found := condition()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"This was on the screen in the end:\n{self.terminal.text}")
+            self.lua("vim.wait(20)")
+        return found
+
+    def open(self, name: str, text: str) -> None:
+        file = self.folder / name
+        file.write_text(text)
+        self.terminal.press(f"{ESCAPE}:edit! {file}{ENTER}")
+        self.until(lambda: self._nvim.current.buffer.name == str(file))
+        self.lua("vim.cmd('echo')")
+
+    def until_ready(self) -> None:
+        self.until(lambda: self.lua("return require('deepseek_lsp').statusline()") == "deepseek ready")
+        self.terminal.shows("deepseek ready")
+
+    def until_attached(self) -> None:
+        """Neovim asks nothing for keys that come before the server knows the buffer."""
+        self.until(lambda: self.lua("return #vim.lsp.get_clients({ name = 'deepseek_lsp', bufnr = 0 })"))
+
+    @property
+    def buffer(self) -> list[str]:
+        return list(self._nvim.current.buffer[:])
+
+    @property
+    def ghost(self) -> str:
+        """The ghost text, read from the marks that draw it."""
+        marks = self.lua("""
+            local found = {}
+            for name, namespace in pairs(vim.api.nvim_get_namespaces()) do
+                if name == "nvim.lsp.inline_completion" or name == "deepseek_lsp.ghost" then
+                    vim.list_extend(found, vim.api.nvim_buf_get_extmarks(0, namespace, 0, -1, { details = true }))
+                end
+            end
+            return found
+        """)
+        if not marks:
+            return ""
+        details = marks[0][3]
+        lines = [details["virt_text"], *details.get("virt_lines", [])]
+        return "\n".join("".join(piece for piece, _ in line) for line in lines)
+
+    def until_ghost(self) -> str:
+        found: str = self.until(lambda: self.ghost)
+        return found
+
+    def close(self) -> None:
+        self._nvim.close()
+        self.terminal.close()

@@ -1,0 +1,84 @@
+"""Emacs with lsp-mode and the client in editors/emacs, and Helix as the README configures it; with the real server and the starter."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.editors import install
+from tests.editors.terminal import Terminal
+
+REPOSITORY = Path(__file__).parents[2]
+PATH = f"{install.SCRIPTS}:{os.environ['PATH']}"
+ACCEPTED = re.compile(r"^ *(24 )? *return self\.items\[name\]$", re.MULTILINE)
+INIT = """
+(dolist (folder (file-expand-wildcards "{packages}/*")) (add-to-list 'load-path folder))
+(add-to-list 'load-path "{client}")
+(setq make-backup-files nil auto-save-default nil inhibit-startup-screen t create-lockfiles nil native-comp-deferred-compilation nil
+      lsp-session-file "{folder}/session" lsp-auto-guess-root t lsp-enable-suggest-server-download nil lsp-client-packages nil
+      lsp-warn-no-matched-clients nil lsp-headerline-breadcrumb-enable nil lsp-inline-completion-idle-delay 0.2)
+(require 'deepseek-lsp)
+(setq deepseek-lsp-command '("env" "-u" "LD_LIBRARY_PATH" "deepseek-lsp"))
+(add-hook 'prog-mode-hook #'deepseek-lsp-start)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "shop"
+    (folder / ".git").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "examples/inventory.py", folder)
+    return folder
+
+
+@pytest.fixture
+def emacs(project: Path, tmp_path: Path) -> Iterator[Terminal]:
+    root = install.emacs()
+    init = tmp_path / "init.el"
+    packages, client = root / "usr/share/emacs/site-lisp/elpa-src", REPOSITORY / "editors/emacs"
+    init.write_text(INIT.format(packages=packages, client=client, folder=tmp_path))
+    env = {"PATH": PATH, "HOME": str(tmp_path)}
+    editor = Terminal(str(root / "emacs"), "-nw", "-Q", "-l", str(init), "inventory.py", cwd=project, env=env)
+    try:
+        yield editor
+    finally:
+        editor.close()
+
+
+def test_emacs_shows_ghost_text_tab_takes_it_and_the_status_counts_it(emacs: Terminal, pictures: Path):
+    emacs.shows("class Inventory")
+    status = "\x1bxdeepseek-lsp-status\r"
+    emacs.until(lambda screen: emacs.press(status) is None and "deepseek-lsp is ready" in screen)
+    emacs.press("\x1bgg24\r\x05r")
+    emacs.shows("return self.items[name]")
+    emacs.draw(pictures / "emacs.svg", "Emacs")
+    emacs.press("\t")
+    emacs.press("\x18\x13")
+    emacs.shows("Wrote")
+    assert ACCEPTED.search(emacs.text)
+
+
+def test_helix_has_the_suggestion_in_its_menu(project: Path, tmp_path: Path):
+    config = tmp_path / "home/.config/helix"
+    config.mkdir(parents=True)
+    (config / "languages.toml").write_text(configuration())
+    (config / "config.toml").write_text("[editor.lsp]\ndisplay-progress-messages = true\n")
+    root = install.helix()
+    env = {"PATH": PATH, "HOME": str(tmp_path / "home"), "HELIX_RUNTIME": str(root / "usr/lib/hx/runtime")}
+    helix = Terminal(str(root / "usr/lib/hx/hx"), "inventory.py:24", cwd=project, env=env)
+    try:
+        helix.shows("loaded in")
+        helix.press("Ar\x18")
+        helix.until(lambda screen: screen.count("return self.items[name]") > 0)
+        helix.press("\x0e\r")
+        helix.until(lambda screen: bool(ACCEPTED.search(screen)))
+    finally:
+        helix.close()
+
+
+def configuration() -> str:
+    """What the README says belongs into languages.toml."""
+    return (REPOSITORY / "editors/README.md").read_text("utf-8").split("```toml\n")[1].split("```")[0]

@@ -1,0 +1,192 @@
+"""The template folder by the rules that LSP4IJ 0.20 reads it with; the server started from it, spoken to as LSP4IJ speaks. No IDE."""
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from editors.settings import SCHEMA
+from lsp_server.settings import SECTION
+from tests.editors import install
+
+TEMPLATE = SCHEMA.parent
+INVENTORY = (Path(__file__).parents[2] / "examples/inventory.py").read_text("utf-8")
+URI = "file:///project/inventory.py"
+FILES = {
+    "README.md", "clientSettings.json", "experimental.json", "initializationOptions.json", "installer.json", "settings.json",
+    "settings.schema.json", "template.json", "workspaceFolderSettings.json",
+}  # fmt: skip
+KEYS = {
+    "dev", "disablePromotionFor", "env", "expandConfiguration", "fileTypeMappings", "id", "languageMappings", "name", "programArgs",
+    "url", "workingDir",
+}  # fmt: skip
+SYSTEMS = {"default", "windows", "mac", "unix"}
+CAPABILITIES = {
+    "general": {"positionEncodings": ["utf-16"]},
+    "textDocument": {
+        "codeAction": {"dataSupport": True, "dynamicRegistration": True, "resolveSupport": {"properties": ["edit"]}},
+        "completion": {"completionItem": {"snippetSupport": True}, "dynamicRegistration": True},
+        "inlineCompletion": {"dynamicRegistration": True},
+        "synchronization": {"didSave": True, "willSave": True, "willSaveWaitUntil": True},
+    },
+    "window": {"showDocument": {"support": True}, "workDoneProgress": True},
+    "workspace": {
+        "applyEdit": True,
+        "configuration": True,
+        "didChangeConfiguration": {"dynamicRegistration": True},
+        "executeCommand": {"dynamicRegistration": True},
+        "workspaceFolders": True,
+    },
+}
+
+
+def read(name: str) -> Any:
+    return json.loads((TEMPLATE / name).read_text("utf-8"))
+
+
+def test_every_file_is_one_that_the_import_reads_and_is_json():
+    found = {file.name for file in TEMPLATE.iterdir()}
+    assert "template.json" in found and found <= FILES
+    for name in found - {"README.md"}:
+        assert isinstance(read(name), dict), name
+
+
+def test_the_template_has_what_lsp4ij_needs_and_nothing_it_would_pass_over():
+    template = read("template.json")
+    assert set(template) <= KEYS
+    assert template["id"] and template["name"]
+    assert "default" in template["programArgs"] and set(template["programArgs"]) <= SYSTEMS
+    for mapping in template["fileTypeMappings"]:
+        assert set(mapping) == {"fileType", "languageId"} and set(mapping["fileType"]) == {"patterns"}
+        assert all(pattern.startswith("*.") for pattern in mapping["fileType"]["patterns"])
+    for mapping in template["languageMappings"]:
+        assert set(mapping) == {"language", "languageId"}
+
+
+def test_the_settings_and_those_of_the_readme_fit_their_schema():
+    schema = read("settings.schema.json")
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.validate(read("settings.json"), schema)
+    jsonschema.validate({f"{SECTION}.inline.max_lines": 3}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({f"{SECTION}.model": "theirs"}, schema)
+
+
+class Ide:
+    """The wire as LSP4IJ uses it: ids are strings, the server's requests are answered, every completion is called automatic."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin and process.stdout
+        self._in, self._out = process.stdin, process.stdout
+        self._id = 0
+        self.progress: list[str] = []
+        self.refusals: list[str] = []
+        self.settings: Any = {}
+
+    async def send(self, **message: Any) -> None:
+        body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+        self._in.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        await self._in.drain()
+
+    async def receive(self) -> Any:
+        length = 0
+        while line := (await self._out.readline()).strip().lower():
+            if line.startswith(b"content-length:"):
+                length = int(line[15:])
+        message = json.loads(await self._out.readexactly(length))
+        await self.hear(message)
+        return message
+
+    async def hear(self, message: Any) -> None:
+        method, params = message.get("method"), message.get("params")
+        if method == "$/progress":
+            self.progress.append(params["value"]["kind"])
+        elif method == "window/showMessage":
+            self.refusals.append(params["message"])
+        elif method and "id" in message:
+            result = [self.settings] if method == "workspace/configuration" else None
+            await self.send(id=message["id"], result=result)
+
+    async def ask(self, method: str, params: Any) -> Any:
+        self._id += 1
+        await self.send(id=str(self._id), method=method, params=params)
+        async with asyncio.timeout(30):
+            while (message := await self.receive()).get("id") != str(self._id) or "method" in message:
+                pass
+        assert "error" not in message, message
+        return message["result"]
+
+    async def start(self) -> Any:
+        params = {
+            "processId": os.getpid(),
+            "rootUri": None,
+            "clientInfo": {"name": "PyCharm"},
+            "capabilities": CAPABILITIES,
+            "initializationOptions": read("initializationOptions.json"),
+        }
+        result = await self.ask("initialize", params)
+        await self.send(method="initialized", params={})
+        await self.send(method="workspace/didChangeConfiguration", params={"settings": {SECTION: self.settings}})
+        item = {"uri": URI, "languageId": "python", "version": 0, "text": INVENTORY}
+        await self.send(method="textDocument/didOpen", params={"textDocument": item})
+        return result["capabilities"]
+
+    async def until_loaded(self) -> None:
+        async with asyncio.timeout(60):
+            while "end" not in self.progress:
+                await self.receive()
+
+    async def grey_text(self, line: int, character: int) -> str:
+        """What LSP4IJ would draw: the item's text without what its range says is typed already."""
+        found = await self.ask(
+            "textDocument/inlineCompletion",
+            {
+                "textDocument": {"uri": URI},
+                "position": {"line": line, "character": character},
+                "context": {"triggerKind": 2},
+            },
+        )
+        items = found["items"] if isinstance(found, dict) else found or []
+        if not items:
+            return ""
+        text, start = items[0]["insertText"], items[0]["range"]["start"]
+        assert isinstance(text, str), "a snippet would be shown raw"
+        return text[character - start["character"] :]
+
+
+@pytest.fixture
+async def ide() -> AsyncIterator[Ide]:
+    program, *arguments = shlex.split(read("template.json")["programArgs"]["default"])
+    process = await asyncio.create_subprocess_exec(
+        install.SCRIPTS / program, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**22
+    )
+    try:
+        yield Ide(process)
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGKILL)
+        await process.wait()
+
+
+async def test_the_templates_command_starts_a_server_that_completes_as_lsp4ij_asks(ide: Ide):
+    capabilities = await ide.start()
+    assert "inlineCompletionProvider" in capabilities and capabilities["positionEncoding"] == "utf-16"
+    await ide.until_loaded()
+    assert (await ide.grey_text(23, 8)).startswith("return self.items[name]")
+    await ide.ask("shutdown", None)
+    await ide.send(method="exit")
+
+
+async def test_settings_written_in_the_ide_reach_the_server_and_a_model_named_there_is_refused(ide: Ide):
+    ide.settings = {"inline": {"enabled": False}, "model": "theirs"}
+    await ide.start()
+    await ide.until_loaded()
+    assert await ide.grey_text(23, 8) == ""
+    assert any(text.startswith("model in ") for text in ide.refusals)

@@ -1,0 +1,246 @@
+"""The plugin in Neovim 0.12, whose ghost text is its own, and 0.10, where the plugin draws it; with the real server and the starter."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.editors import install, processes
+from tests.editors.neovim import ENTER, ESCAPE, PLUGIN, REPOSITORY, TAB, Neovim
+
+INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
+HOLE = 23
+"""The line of the inventory that is empty, counted from 0."""
+WORD, LINE = f"{ESCAPE}w", f"{ESCAPE}l"
+
+
+@pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
+def neovim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
+    editor = Neovim(tmp_path_factory.mktemp("neovim"), request.param)
+    try:
+        editor.open("warm.py", INVENTORY)
+        editor.until_ready()
+        yield editor
+    finally:
+        editor.close()
+
+
+def start_typing(neovim: Neovim, name: str, typed: str = "r") -> str:
+    """Opens the inventory, types into its hole, gives the ghost text."""
+    neovim.open(name, INVENTORY)
+    neovim.until_attached()
+    neovim.terminal.press(f"{HOLE + 1}GA{typed}")
+    return neovim.until_ghost()
+
+
+def test_what_is_typed_brings_ghost_text_on_the_screen_and_tab_takes_it(neovim: Neovim, pictures: Path):
+    ghost = start_typing(neovim, "tab.py")
+    assert ghost.startswith("eturn self.items[name]")
+    screen = neovim.terminal.shows("return self.items[name]")
+    assert neovim.buffer[HOLE] == " " * 8 + "r", screen
+    neovim.terminal.draw(pictures / "neovim.svg", "Neovim")
+    neovim.terminal.press(TAB)
+    neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "r" + ghost.split("\n")[0])
+
+
+def test_an_accepted_suggestion_is_counted_by_the_server(neovim: Neovim):
+    def accepted() -> int:
+        count: int = neovim.lua("""
+            local count
+            require("deepseek_lsp.server").request("deepseek-lsp/status", nil, function(_, status) count = status.requests.accepted end)
+            vim.wait(5000, function() return count end, 10)
+            return count
+        """)
+        return count
+
+    before = accepted()
+    start_typing(neovim, "counted.py")
+    neovim.terminal.press(TAB)
+    neovim.until(lambda: accepted() == before + 1)
+
+
+def test_alt_w_takes_a_word_and_the_rest_stays_to_be_taken(neovim: Neovim):
+    start_typing(neovim, "word.py")
+    neovim.terminal.press(WORD)
+    neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "return")
+    assert neovim.until(lambda: neovim.ghost).startswith(" self.items[name]")
+    neovim.terminal.press(WORD)
+    neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "return self")
+
+
+def test_alt_l_takes_a_line(neovim: Neovim):
+    ghost = start_typing(neovim, "line.py")
+    neovim.terminal.press(LINE)
+    neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "r" + ghost.split("\n")[0])
+
+
+def test_what_was_typed_of_a_suggestion_is_not_written_twice(neovim: Neovim):
+    """Tab at once after more keys, before the server was asked again."""
+    ghost = start_typing(neovim, "twice.py")
+    neovim.terminal.press(ghost[:3] + TAB)
+    neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "r" + ghost.split("\n")[0])
+
+
+def test_a_suggestion_with_nothing_to_follow_it_goes_from_the_screen(neovim: Neovim):
+    neovim.open(".env", "")
+    start_typing(neovim, "gone.py")
+    neovim.terminal.press(f"{ESCAPE}:edit! {neovim.folder}/.env{ENTER}ir")
+    neovim.until(lambda: neovim.buffer == ["r"])
+    neovim.until(lambda: not neovim.ghost)
+
+
+def test_tab_without_a_suggestion_is_a_tab(neovim: Neovim):
+    neovim.open("plain.txt", "")
+    neovim.terminal.press("ia" + TAB + "b")
+    neovim.until(lambda: neovim.buffer == ["a\tb"])
+
+
+def test_leaving_insert_mode_takes_the_ghost_text_away(neovim: Neovim):
+    start_typing(neovim, "left.py")
+    neovim.terminal.press(ESCAPE)
+    neovim.until(lambda: not neovim.ghost)
+
+
+def test_status_says_what_runs_and_why_nothing_was_shown(neovim: Neovim):
+    neovim.open("id_rsa", "secret\n")
+    neovim.lua("vim.bo.filetype = 'python'")
+    neovim.until_attached()
+    neovim.terminal.press("A!")
+    neovim.until(lambda: "file of secrets" in described(neovim))
+    neovim.terminal.press(f"{ESCAPE}:DeepseekStatus{ENTER}")
+    screen = neovim.terminal.shows("file of secrets")
+    assert "23.8 M parameters" in screen
+    neovim.terminal.press("q")
+
+
+def described(neovim: Neovim) -> str:
+    reason: str = neovim.lua("""
+        local reason
+        require("deepseek_lsp.server").request("deepseek-lsp/status", nil, function(_, status) reason = status.last.reason end)
+        vim.wait(5000, function() return reason end, 10)
+        return reason
+    """)
+    return reason
+
+
+def test_toggle_switches_ghost_text_off_and_on_again(neovim: Neovim):
+    neovim.open("toggle.py", INVENTORY)
+    neovim.terminal.press(f"{ESCAPE}:DeepseekToggle{ENTER}")
+    neovim.terminal.shows("deepseek off")
+    neovim.terminal.press(f"{HOLE + 1}GAr{TAB}")
+    neovim.until(lambda: neovim.buffer[HOLE].startswith(" " * 8 + "r") and len(neovim.buffer[HOLE]) > 9)
+    assert not neovim.ghost and "return" not in neovim.buffer[HOLE]
+    neovim.terminal.press(f"{ESCAPE}:DeepseekToggle{ENTER}")
+    neovim.terminal.shows("deepseek ready")
+    start_typing(neovim, "toggle2.py")
+
+
+def test_checkhealth_finds_everything_in_order(neovim: Neovim):
+    neovim.open("health.py", INVENTORY)
+    neovim.terminal.press(f"{ESCAPE}:checkhealth deepseek_lsp{ENTER}")
+    screen = neovim.terminal.shows("The server is ready")
+    assert "ERROR" not in screen and "WARNING" not in screen
+    neovim.terminal.press(f":bwipeout!{ENTER}")
+
+
+def test_the_suggestion_is_in_the_completion_menu_too(neovim: Neovim):
+    neovim.open("menu.py", INVENTORY)
+    neovim.terminal.press(f"{HOLE + 1}GAr\x18\x0f")
+    neovim.until(lambda: neovim.lua("return vim.fn.pumvisible()") == 1 or "return" in neovim.buffer[HOLE])
+    neovim.terminal.shows("return self.items[name]")
+    neovim.terminal.press(ESCAPE)
+
+
+def test_a_killed_server_is_started_again_and_completes(neovim: Neovim):
+    (server,) = servers(neovim)
+    os.kill(server.pid, signal.SIGKILL)
+    neovim.terminal.shows("deepseek error")
+    neovim.terminal.shows("deepseek ready")
+    assert server.pid not in [new.pid for new in servers(neovim)]
+    start_typing(neovim, "again.py")
+
+
+def servers(neovim: Neovim) -> list[psutil.Process]:
+    return processes.servers(psutil.Process(neovim.lua("return vim.uv.os_getpid()")))
+
+
+def test_restart_gives_a_new_server(neovim: Neovim):
+    neovim.open("restart.py", INVENTORY)
+    (old,) = servers(neovim)
+    neovim.terminal.press(f"{ESCAPE}:DeepseekRestart{ENTER}")
+    neovim.until(lambda: [new for new in servers(neovim) if new.pid != old.pid])
+    neovim.until_ready()
+    start_typing(neovim, "restarted.py")
+
+
+@pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.10"])
+def test_a_server_that_is_not_installed_is_explained(tmp_path: Path, suite: str):
+    editor = Neovim(tmp_path, suite, {"cmd": ["no-such-server"]})
+    try:
+        editor.open("a.py", INVENTORY)
+        editor.terminal.shows("deepseek error")
+        editor.terminal.press(f":checkhealth deepseek_lsp{ENTER}")
+        screen = editor.terminal.shows("no-such-server is not found")
+        assert "pip install" in screen and "setup({ cmd" in screen
+    finally:
+        editor.close()
+
+
+def test_settings_reach_the_server_and_a_key_that_was_mapped_keeps_its_meaning(tmp_path: Path):
+    options = {"settings": {"inline": {"max_lines": 3, "max_linez": 4}}}
+    editor = Neovim(tmp_path, options=options, before="vim.keymap.set('i', '<Tab>', 'mapped')")
+    try:
+        editor.open("a.txt", "")
+        editor.terminal.press("i" + TAB)
+        editor.until(lambda: editor.buffer == ["mapped"])
+        editor.open("a.py", INVENTORY)
+        editor.terminal.shows("inline.max_linez in the editor's initializationOptions is left out")
+    finally:
+        editor.close()
+
+
+def test_vim_pack_installs_the_plugin_from_a_clone(tmp_path: Path):
+    """As the README says it: the repository is the package, its editors/neovim folder goes into the runtimepath."""
+    origin = tmp_path / "origin"
+    shutil.copytree(PLUGIN, origin / "editors/neovim")
+    for command in ("init --quiet", "add .", "-c user.name=me -c user.email=me@localhost commit --quiet --message=plugin"):
+        subprocess.run(["git", "-C", str(origin), *command.split()], check=True)
+    before = f"""
+        vim.pack.add({{ {{ src = "file://{origin}", name = "deepseek-lsp" }} }}, {{ confirm = false }})
+        vim.opt.runtimepath:remove({str(PLUGIN)!r})
+        vim.opt.runtimepath:append(vim.pack.get({{ "deepseek-lsp" }})[1].path .. "/editors/neovim")
+    """
+    editor = Neovim(tmp_path, before=before)
+    try:
+        editor.open("warm.py", INVENTORY)
+        editor.until_ready()
+        start_typing(editor, "a.py")
+        assert editor.lua("return require('deepseek_lsp') ~= nil")
+        sources = editor.lua("return vim.api.nvim_get_runtime_file('lua/deepseek_lsp/init.lua', true)")
+        assert len(sources) == 1 and str(PLUGIN) not in sources[0]
+    finally:
+        editor.close()
+
+
+def test_help_has_every_command_and_option(tmp_path: Path):
+    tags = subprocess.run(
+        [
+            str(install.neovim() / "usr/bin/nvim"), "--headless", "-u", "NONE", "-i", "NONE",
+            "-c", f"helptags {PLUGIN / 'doc'} | set rtp+={PLUGIN} | help deepseek-lsp | echo expand('%:p') | quitall",
+        ],
+        capture_output=True, text=True, check=True,
+        env=os.environ | {"VIMRUNTIME": str(install.neovim() / "usr/share/nvim/runtime")},
+    )  # fmt: skip
+    assert str(PLUGIN / "doc/deepseek-lsp.txt") in tags.stderr + tags.stdout
+    words = (PLUGIN / "doc/deepseek-lsp.txt").read_text("utf-8")
+    commands = [
+        line.split('"')[1] for line in (PLUGIN / "plugin/deepseek_lsp.lua").read_text("utf-8").splitlines() if line.startswith("comm")
+    ]
+    assert len(commands) >= 4
+    for name in [*(f"*:{command}*" for command in commands), "accept_word", "root_markers", "settings", "filetypes", "cmd"]:
+        assert name in words

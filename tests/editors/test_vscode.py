@@ -1,0 +1,196 @@
+"""The packaged extension in VS Code (code-server in Chromium), with the real server and the starter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from playwright.sync_api import Browser
+
+from tests.editors import install
+from tests.editors.processes import servers
+from tests.editors.vscode import Code, browser, served, wait_for
+
+REPOSITORY = Path(__file__).parents[2]
+EXTENSION = REPOSITORY / "editors/vscode"
+INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
+HOLE = 24
+"""The line of the inventory that is empty, counted from 1."""
+PATH = f"{install.SCRIPTS}:{os.environ['PATH']}"
+FILES = ("warm.py", "inventory.py", "word.py", "line.py", "off.py", "on.py", "again.py", "id_rsa")
+WINDOW = {"width": 1000, "height": 640}
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def code(window: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Code]:
+    folder = tmp_path_factory.mktemp("vscode")
+    project = folder / "shop"
+    project.mkdir()
+    for name in FILES:
+        (project / name).write_text(INVENTORY)
+    with served(folder, {}, PATH, (install.extension(),)) as address:
+        running = Code(window.new_page(viewport=WINDOW), address, project)
+        running.press("Control+b")  # no list of files, for the pictures
+        running.open("warm.py")
+        running.until_ready()
+        yield running
+
+
+def start_typing(code: Code, name: str) -> str:
+    code.open(name)
+    code.go_to(HOLE)
+    code.type("r")
+    return code.until_ghost()
+
+
+def test_what_is_typed_brings_ghost_text_and_tab_takes_it(code: Code, pictures: Path):
+    assert start_typing(code, "inventory.py").startswith("eturn self.items[name]")
+    assert code.line(HOLE) == " " * 8 + "r"
+    code.picture(pictures / "vscode.png")
+    code.press("Tab")
+    code.until(lambda: code.line(HOLE) == " " * 8 + "return self.items[name]")
+
+
+def test_control_right_takes_a_word_and_the_rest_stays(code: Code):
+    start_typing(code, "word.py")
+    code.press("Control+ArrowRight")
+    code.until(lambda: code.line(HOLE) == " " * 8 + "return")
+    assert code.until_ghost().startswith(" self.items[name]")
+
+
+def test_control_alt_j_takes_a_line(code: Code):
+    start_typing(code, "line.py")
+    code.press("Control+Alt+j")
+    code.until(lambda: code.line(HOLE) == " " * 8 + "return self.items[name]")
+
+
+def test_the_status_bar_says_why_nothing_is_shown(code: Code):
+    code.open("id_rsa")
+    code.go_to(1)
+    code.type("x")
+    code.until(lambda: "file of secrets" in code.status)
+    assert code.status.startswith("DeepSeek is ready.")
+
+
+def test_the_menu_switches_a_language_off_and_on_again(code: Code, pictures: Path):
+    code.open("off.py")
+    code.page.locator('.statusbar-item[id^="deepseek-lsp"] a').click()
+    row = code.page.locator('.quick-input-list .monaco-list-row:has-text("off for python")')
+    row.wait_for()
+    code.picture(pictures / "vscode-menu.png")
+    row.click()
+    code.until(lambda: "off for this language" in code.status)
+    code.go_to(HOLE)
+    code.type("r")
+    code.page.wait_for_timeout(1000)  # the absence of something has no event
+    assert not code.ghost
+    code.command("DeepSeek: Switch Ghost Text On or Off for This Language")
+    code.until_ready()
+    start_typing(code, "on.py")
+
+
+def test_switched_off_it_shows_nothing_and_says_so(code: Code):
+    code.command("DeepSeek: Switch Ghost Text On or Off")
+    code.until(lambda: "DeepSeek is off" in code.status)
+    code.command("DeepSeek: Switch Ghost Text On or Off")
+    code.until_ready()
+
+
+def test_status_shows_what_runs(code: Code):
+    code.command("DeepSeek: Show Status")
+    dialog = code.page.locator(".monaco-dialog-box")
+    dialog.wait_for()
+    assert "23.8 M parameters" in dialog.inner_text()
+    code.press("Escape")
+    dialog.wait_for(state="detached")
+
+
+def test_restart_goes_through_loading_to_ready(code: Code):
+    before = len(code.states)
+    code.command("DeepSeek: Restart the Server")
+    code.until(lambda: any("is loading" in state for state in code.states[before:]))
+    code.until_ready()
+
+
+def test_a_killed_server_is_started_again_and_completes(code: Code):
+    (server,) = servers(psutil.Process())
+    before = len(code.states)
+    os.kill(server.pid, signal.SIGKILL)
+    code.until(lambda: any("ended by itself" in state for state in code.states[before:]))
+    code.until_ready()
+    assert server.pid not in [new.pid for new in servers(psutil.Process())]
+    start_typing(code, "again.py")
+
+
+def test_a_server_that_is_not_there_is_said_with_an_offer_to_install_it(code: Code, pictures: Path):
+    settings = code.folder.parent / "user/Machine/settings.json"
+    settings.write_text(json.dumps({"deepseek-lsp.server.path": "/nowhere/deepseek-lsp"}))
+    code.until(lambda: "DeepSeek is error" in code.status)
+    code.page.locator('.notification-toast:has-text("/nowhere/deepseek-lsp") >> text="Install..."').wait_for()
+    toasts = code.page.locator(".notification-toast").all_inner_texts()
+    assert len(toasts) == 1, toasts
+    code.picture(pictures / "vscode-install.png")
+    settings.write_text("{}")
+    code.until_ready()
+
+
+def test_the_window_asks_nobody_but_this_machine(code: Code):
+    assert {urlsplit(url).hostname for url in code.asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
+
+
+def test_everything_works_without_any_network(tmp_path: Path):
+    """In a network namespace with nothing but a loopback."""
+    command = ["unshare", "--map-root-user", "--net", sys.executable, "-m", "tests.editors.offline", str(tmp_path)]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=150)
+    if "unshare failed" in ran.stderr:
+        pytest.skip(f"no namespaces for users here: {ran.stderr}")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "return self.items[name]" in ran.stdout
+
+
+def test_inside_the_extension_host(window: Browser, tmp_path: Path):
+    """vscode_host.js, run by VS Code with the extension loaded from its folder."""
+    install.extension()
+    project, results = tmp_path / "shop", tmp_path / "results.json"
+    (project / ".vscode").mkdir(parents=True)
+    (project / "inventory.py").write_text(INVENTORY)
+    (project / ".vscode/settings.json").write_text(json.dumps({"tests.results": str(results)}))
+    config = tmp_path / "home/.config/deepseek-lsp/config.toml"
+    with served(tmp_path, {}, PATH, ()) as address:
+        config.parent.mkdir(parents=True)
+        config.write_text("[inline]\nmax_new_tokens = 77\n")
+        page = window.new_page(viewport=WINDOW)
+
+        def place(path: Path) -> dict[str, str]:
+            return {"scheme": "vscode-remote", "authority": urlsplit(address).netloc, "path": str(path)}
+
+        development = {"extensions": [place(EXTENSION)], "extensionTestsPath": place(Path(__file__).with_name("vscode_host.js"))}
+        page.add_init_script(f"""
+            document.addEventListener('readystatechange', () => {{
+                const meta = document.getElementById('vscode-workbench-web-configuration');
+                if (!meta || meta.dataset.tested) return;
+                const settings = JSON.parse(meta.dataset.settings);
+                settings.developmentOptions = {{ ...settings.developmentOptions, ...{json.dumps(development)} }};
+                meta.dataset.settings = JSON.stringify(settings);
+                meta.dataset.tested = 'yes';
+            }});
+        """)
+        page.goto(f"{address}/?folder={project}")
+        wait_for(results.exists, lambda: "the tests inside the extension host did not end", 120)
+        page.close()
+    found = json.loads(results.read_text())
+    assert len(found) >= 6
+    if errors := [f"{name}: {error}" for name, error in found.items() if error]:
+        pytest.fail("\n".join(errors))

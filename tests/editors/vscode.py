@@ -1,0 +1,218 @@
+"""VS Code as a user has it, in a browser window: the extension installed from its package, keys pressed, the screen read."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Error, Page, sync_playwright
+
+from tests.editors import install
+
+SETTINGS = {
+    "chat.disableAIFeatures": True,
+    "telemetry.telemetryLevel": "off",
+    "workbench.startupEditor": "none",
+    "workbench.colorTheme": "Default Dark Modern",
+    "workbench.enableExperiments": False,
+    "extensions.autoCheckUpdates": False,
+    "extensions.ignoreRecommendations": True,
+    "editor.fontFamily": "DejaVu Sans Mono",
+    "editor.minimap.enabled": False,
+    "files.autoSave": "off",
+    "workbench.reduceMotion": "on",
+    "workbench.secondarySideBar.defaultVisibility": "hidden",
+    "security.workspace.trust.enabled": False,
+}
+GHOST = ".ghost-text, .ghost-text-decoration, .ghost-text-decoration-preview"
+LIMIT_S = 30.0
+ITEM = '.statusbar-item[id^="deepseek-lsp"] a'
+STATES = f"""
+    window.states = [];
+    new MutationObserver(() => {{
+        const label = document.querySelector('{ITEM}')?.getAttribute('aria-label');
+        if (label && label !== window.states.at(-1)) window.states.push(label);
+    }}).observe(document, {{ subtree: true, childList: true, attributes: true, characterData: true }});
+"""
+"""Keeps what our item in the status bar said, one after the other."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Path, ...]) -> Iterator[str]:
+    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH."""
+    user, extensions = folder / "user", folder / "extensions"
+    (user / "User").mkdir(parents=True)
+    (user / "User/settings.json").write_text(json.dumps(SETTINGS | settings))
+    (folder / "config.yaml").write_text("")
+    home = folder / "home"
+    home.mkdir()
+    (home / ".profile").write_text(f"export PATH={path}\n")  # VS Code asks a login shell
+    env = os.environ | {"HOME": str(home), "SHELL": "/bin/sh"}
+    program = install.code_server() / "node_modules/code-server/out/node/entry.js"
+    command = [
+        str(install.SCRIPTS / "node"), str(program), "--user-data-dir", str(user), "--extensions-dir", str(extensions),
+        "--config", str(folder / "config.yaml"),
+    ]  # fmt: skip
+    for package in packages:
+        install.run(*command, "--install-extension", package, env=env)
+    address = f"127.0.0.1:{free_port()}"
+    with (folder / "code-server.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--auth", "none", "--bind-addr", address, "--disable-telemetry", "--disable-update-check",
+             "--disable-workspace-trust", "--disable-getting-started-override"],
+            env=env, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            wait_for(lambda: answers(f"http://{address}/healthz"), (folder / "code-server.log").read_text)
+            yield f"http://{address}"
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], Any], otherwise: Callable[[], str], limit_s: float = LIMIT_S) -> Any:
+    deadline = time.monotonic() + limit_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(otherwise())
+        time.sleep(0.05)
+    return found
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=str(install.chromium()),
+            args=["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"],
+        )
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+class Code:
+    """One window of VS Code."""
+
+    def __init__(self, page: Page, address: str, folder: Path) -> None:
+        self.page, self.folder = page, folder
+        self.asked: list[str] = []
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.add_init_script(STATES)
+        page.goto(f"{address}/?folder={folder}")
+        page.wait_for_selector(".monaco-workbench .explorer-folders-view", timeout=1000 * LIMIT_S)
+
+    def open(self, name: str) -> None:
+        """Opens a file that was in the folder before the window was: VS Code finds new ones late."""
+        self.quick_open(name, f'.monaco-list-row:has-text("{name}")')
+        self.page.wait_for_selector(f'.tab.active[data-resource-name="{name}"]')
+        self.page.wait_for_selector(".editor-instance .monaco-editor .view-lines")
+
+    def quick_open(self, text: str, row: str) -> None:
+        self.page.keyboard.press("Control+P")
+        self.page.wait_for_selector(".quick-input-widget:visible input")
+        self.page.keyboard.type(text)
+        self.page.locator(f".quick-input-list {row}").first.wait_for()
+        self.page.locator(f".quick-input-list {row}").first.click()
+
+    def command(self, title: str) -> None:
+        self.page.keyboard.press("F1")
+        self.page.wait_for_selector(".quick-input-widget:visible input")
+        self.page.keyboard.type(title)
+        row = self.page.locator(f'.quick-input-list .monaco-list-row:is([aria-label="{title}"], [aria-label^="{title}, "])').first
+        row.wait_for()
+        row.click()
+
+    def go_to(self, line: int) -> None:
+        """Puts the cursor at the end of a line, counted from 1."""
+        self.page.keyboard.press("Control+G")
+        self.page.wait_for_selector(".quick-input-widget:visible input")
+        self.page.keyboard.type(str(line))
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_selector(".quick-input-widget", state="hidden")
+        self.page.keyboard.press("End")
+
+    def type(self, text: str) -> None:
+        self.page.keyboard.type(text)
+
+    def press(self, key: str) -> None:
+        self.page.keyboard.press(key)
+
+    @property
+    def ghost(self) -> str:
+        """The ghost text on the screen; one that begins a suggestion is often drawn in pieces."""
+        return spaced("".join(self.page.locator(GHOST).all_text_contents()))
+
+    def until_ghost(self) -> str:
+        found: str = self.until(lambda: self.ghost)
+        return found
+
+    @property
+    def status(self) -> str:
+        """Our item in the status bar, as a screen reader reads it."""
+        try:
+            return self.page.locator(ITEM).first.get_attribute("aria-label", timeout=1000) or ""
+        except Error:
+            return ""
+
+    @property
+    def states(self) -> list[str]:
+        found: list[str] = self.page.evaluate("window.states")
+        return found
+
+    def until_ready(self) -> None:
+        self.until(lambda: "DeepSeek is ready" in self.status)
+
+    def line(self, number: int) -> str:
+        """A line of the document on the screen, without ghost text, counted from 1."""
+        script = """number => {
+            const rows = [...document.querySelectorAll('.editor-instance .monaco-editor .view-line')];
+            const at = row => parseFloat(row.style.top);
+            const margins = [...document.querySelectorAll('.editor-instance .margin-view-overlays > div')];
+            const margin = margins.find(row => row.textContent.trim() === String(number));
+            const row = margin && rows.find(row => at(row) === at(margin));
+            if (!row) return '';
+            const copy = row.cloneNode(true);
+            copy.querySelectorAll('.ghost-text, .ghost-text-decoration, .ghost-text-decoration-preview').forEach(e => e.remove());
+            return copy.textContent;
+        }"""
+        return spaced(str(self.page.evaluate(script, number)))
+
+    def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
+        def screen() -> str:
+            self.page.screenshot(path=self.folder.parent / "late.png")
+            return f"status: {self.status!r}, ghost: {self.ghost!r}; the screen is in {self.folder.parent / 'late.png'}"
+
+        return wait_for(condition, screen, limit_s)
+
+    def picture(self, file: Path) -> None:
+        self.page.mouse.move(150, 18)  # over nothing that explains itself
+        self.page.screenshot(path=file, animations="disabled")
+
+
+def spaced(text: str) -> str:
+    """Monaco draws blanks as no-break spaces."""
+    return re.sub("[\u00a0\u00b7\u200b]", lambda found: "" if found[0] == "\u200b" else " ", text)
