@@ -18,7 +18,7 @@ def register(server: Connection) -> None:
         uri = params.text_document.uri
         document = server.session.find(uri)
         path, settings = server.shown_path(uri), server.settings.inline
-        work = ask.complete(server.host, document, params.position, path, settings, server.remembered, Priority.MENU)
+        work = ask.complete(server.host, document, params.position, path, settings, server.memory, Priority.MENU)
         answer = await server.take_turn(f"menu {uri}", work)
         if answer is None:
             return None

@@ -17,3 +17,4 @@ def register(server: Connection) -> None:
     @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)
     async def closed(params: types.DidCloseTextDocumentParams) -> None:
         server.session.close(params.text_document.uri)
+        server.memory.anchors.forget(params.text_document.uri)

@@ -11,15 +11,15 @@ def register(server: Connection) -> None:
     async def inline_completion(params: types.InlineCompletionParams) -> types.InlineCompletionList | None:
         uri = params.text_document.uri
         path, settings = server.shown_path(uri), server.settings.inline
-        work = ask.complete(server.host, server.session.find(uri), params.position, path, settings, server.remembered)
+        work = ask.complete(server.host, server.session.find(uri), params.position, path, settings, server.memory)
         answer = await server.take_turn(f"inline {uri}", work)
         if answer is None:
             return None
         server.explain(answer)
+        if settings.ahead:
+            server.run_ahead(ask.think_ahead(server.host, answer, path, settings, server.memory))
         if not answer.text:
-            return None
-        if answer.accepted and settings.ahead:
-            server.run_ahead(ask.think_ahead(server.host, answer.accepted, path, settings, server.remembered))
+            return types.InlineCompletionList(items=[])  # Neovim takes null for no answer and goes on showing the last one
         command = types.Command(title="Report that a suggestion was accepted", command=ACCEPTED, arguments=[len(answer.text)])
         item = types.InlineCompletionItem(insert_text=answer.text, range=answer.range, command=command)
         return types.InlineCompletionList(items=[item])

@@ -6,6 +6,7 @@ from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 
 from lsp_server.connection import Connection
+from lsp_server.host import goal
 from lsp_server.session import Encoding
 from lsp_server.settings import table_layer
 
@@ -47,7 +48,7 @@ async def load(server: Connection) -> None:
     progress = server.work_done_progress
     if token:
         await progress.create_async(token)
-        progress.begin(token, types.WorkDoneProgressBegin(title=f"Loading {server.settings.model}", percentage=0))
+        progress.begin(token, types.WorkDoneProgressBegin(title=goal(server.settings), percentage=0))
     last_percent = -1
 
     def report(what: str, share: float) -> None:

@@ -10,6 +10,7 @@ def register(server: Connection) -> None:
     @server.feature("deepseek-lsp/status")
     async def status(params: None) -> dict[str, Any]:
         engine, last = server.host.engine, server.last
+        cost = asdict(last.cost) | {"reuse": last.cost.reuse} if last.cost else None
         return {
             "state": server.host.state if server.settings.inline.enabled else "disabled",
             "message": server.host.message,
@@ -17,5 +18,6 @@ def register(server: Connection) -> None:
             "settings": server.settings.model_dump(),
             "problems": server.problems,
             "requests": {"asked": server.asked, "shown": server.shown, "accepted": server.accepted},
-            "last": {"shown": bool(last.text), "reason": last.reason, "cost": asdict(last.cost) if last.cost else None},
+            "action": asdict(server.last_action) if server.last_action else None,
+            "last": {"shown": bool(last.text), "reason": last.reason, "cost": cost},
         }

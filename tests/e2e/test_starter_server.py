@@ -67,6 +67,20 @@ async def test_a_keystroke_computes_only_what_was_typed(fresh: Editor):
     assert cost["computed_tokens"] <= 4 and cost["cached_tokens"] > 40
 
 
+async def test_an_edit_above_costs_little_at_once_and_the_status_says_what_kind_of_reuse_it_was(fresh: Editor):
+    await ready(fresh)
+    methods = "".join(
+        f"    def step_{n}(self, value):\n        self.total += value * {n}\n        return self.total\n\n" for n in range(40)
+    )
+    fresh.open(f"class Machine:\n{methods}    def st\n\n\nMachine().step_1(2)\n")
+    await fresh.ghost(161, 10)
+    fresh.type(30, 8, "self.count += 1; ")
+    fresh.type(161, 10, "a")  # what was suggested does not hold any more
+    await fresh.ghost(161, 11)
+    cost = (await fresh.status())["last"]["cost"]
+    assert cost["reuse"] == "shifted" and cost["shifted_tokens"] > 4 * cost["computed_tokens"]
+
+
 async def test_a_half_typed_word_is_completed_as_a_word(fresh: Editor):
     await ready(fresh)
     fresh.open(SHOP.replace("        \n", "        return self.pri\n"))

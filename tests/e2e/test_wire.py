@@ -49,10 +49,28 @@ async def test_the_process_ends_when_the_client_goes_away_in_the_middle_of_a_gen
         assert not psutil.pid_exists(server.process.pid)
 
 
-async def test_a_document_that_was_never_opened_is_answered_null_with_the_reason_in_the_status():
+async def test_a_document_that_was_never_opened_is_answered_with_nothing_and_the_reason_in_the_status():
     async with scripted("return 1") as server:
         await server.start()
         await server.ghost(2, 0, 0)
-        assert (await server.answer(2))["result"] is None
+        assert (await server.answer(2))["result"] == {"items": []}
         await server.send(id=3, method="deepseek-lsp/status", params=None)
         assert "not open" in (await server.answer(3))["result"]["last"]["reason"]
+
+
+async def test_a_request_of_our_own_without_parameters_is_answered():
+    async with scripted("return 1") as server:
+        await server.start()
+        await server.send(id=2, method="deepseek-lsp/status")
+        assert (await server.answer(2))["result"]["settings"]["model"] == "starter"
+
+
+async def test_nothing_to_show_is_an_empty_list_and_not_null():
+    """Neovim takes null for no answer at all, and goes on showing the last suggestion."""
+    async with scripted("return 1") as server:
+        await server.send(id=1, method="initialize", params={"capabilities": {}, "initializationOptions": {"inline": {"enabled": False}}})
+        await server.answer(1)
+        await server.send(method="initialized", params={})
+        await server.open("x = \n")
+        await server.ghost(2, 0, 4)
+        assert (await server.answer(2))["result"] == {"items": []}

@@ -7,7 +7,6 @@ from lsprotocol import types
 
 from lsp_server import ask
 from lsp_server.host import Host
-from lsp_server.remembered import Remembered
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import InlineSettings
 from model_host.errors import RequestError
@@ -25,7 +24,7 @@ def host(*pieces: str | None, **facts: object) -> Host:
 
 
 async def answer(host: Host, text: str, line: int, character: int, settings: InlineSettings = SETTINGS) -> ask.Answer:
-    return await ask.complete(host, document(text), types.Position(line, character), "a.py", settings, Remembered())
+    return await ask.complete(host, document(text), types.Position(line, character), "a.py", settings, ask.Memory())
 
 
 async def test_reading_stops_and_the_engine_is_told_once_the_completion_is_complete():
@@ -81,5 +80,5 @@ async def test_what_the_engine_cannot_do_is_passed_on_in_its_words(monkeypatch: 
 async def test_without_an_engine_or_a_document_the_reason_is_theirs():
     loading = Host(message="Loading starter: 42 %.")
     assert (await answer(loading, "x", 0, 0)).reason == "Loading starter: 42 %."
-    found = await ask.complete(host("y"), None, types.Position(0, 0), "a.py", SETTINGS, Remembered())
+    found = await ask.complete(host("y"), None, types.Position(0, 0), "a.py", SETTINGS, ask.Memory())
     assert "not open" in found.reason

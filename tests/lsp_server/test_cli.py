@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_host.catalogue import CATALOGUE
+from tests.model_host.misbehaving import Misbehaving, event, says
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "inventory.py"
 
@@ -63,9 +64,11 @@ def test_doctor_says_when_torch_runs_the_model_and_why(tmp_path: Path):
     assert "plain torch. The setting kernels is 'torch'." in done.stdout and "as float32 on cpu" in done.stdout
 
 
-def test_int8_without_the_compiled_kernels_is_refused_with_the_reason(tmp_path: Path):
-    done = run("complete", f"{EXAMPLE}:24", home=tmp_path, DEEPSEEK_LSP_KERNELS="torch", DEEPSEEK_LSP_DTYPE="int8")
-    assert done.returncode != 0 and "dtype int8 needs the compiled kernels" in " ".join((done.stdout + done.stderr).split())
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_fewer_bits_work_without_the_compiled_kernels_too(dtype: str, tmp_path: Path):
+    done = run("complete", f"{EXAMPLE}:24", home=tmp_path, DEEPSEEK_LSP_KERNELS="torch", DEEPSEEK_LSP_DTYPE=dtype)
+    assert done.returncode == 0, done.stderr
+    assert f"{dtype} on cpu" in done.stdout
 
 
 def test_doctor_lists_the_models_there_are_and_which_to_choose(tmp_path: Path):
@@ -91,3 +94,43 @@ def test_version_and_help_read_well(tmp_path: Path):
     shown = run("--help", home=tmp_path).stdout
     for verb in ("serve", "complete", "doctor", "download"):
         assert verb in shown
+
+
+def test_doctor_plans_a_model_that_is_not_here_on_a_machine_that_is_not_either(tmp_path: Path):
+    done = run("doctor", "--model", "coder-v2-lite-base", "--devices", "2x24GB", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "fits as bfloat16: 31.4 GB of weights" in said and "gpu 1 (24.0 GB free): routed experts 32 to 63 of 64" in said
+    refused = run("doctor", "--model", "deepseek-ai/DeepSeek-V2.5", "--devices", "24GB", home=tmp_path)
+    said = " ".join(refused.stdout.split())
+    assert refused.returncode == 1 and "does not fit" in said and "It would fit with 128 GB of RAM" in said
+
+
+def test_doctor_plans_on_this_machine_and_refuses_what_it_does_not_know(tmp_path: Path):
+    done = run("doctor", "--model", "starter", home=tmp_path)
+    assert done.returncode == 0 and "cpu with" in done.stdout and "fits as bfloat16" in " ".join(done.stdout.split())
+    for arguments, said in (
+        (["--model", "nobody/nothing"], "deepseek-lsp download nobody/nothing"),
+        (["--model", "v2", "--devices", "many"], "describes no device"),
+        (["--model", "v2", "--dtype", "int3"], "'int3' is none of"),
+    ):
+        done = run("doctor", *arguments, home=tmp_path)
+        assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+
+
+def test_an_engine_elsewhere_completes_and_is_told_by_doctor(tmp_path: Path):
+    with Misbehaving([says(event("return a"), event(" - b\n", "stop"))]) as server:
+        url = server.url
+        environment = {"DEEPSEEK_LSP_ENGINE": "openai", "DEEPSEEK_LSP_REMOTE__URL": url, "DEEPSEEK_ENGINE_TOKEN": "t"}
+        done = run("complete", f"{EXAMPLE}:24", home=tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "return a - b" in done.stdout and "served at 127.0.0.1" in done.stdout
+        assert server.asked[0].headers["authorization"] == "Bearer t"
+        doctor = run("doctor", home=tmp_path, **environment)
+        assert doctor.returncode == 0 and "asked for with tokens" in doctor.stdout
+    done = run("complete", f"{EXAMPLE}:24", home=tmp_path, **environment)
+    assert done.returncode == 1 and f"Nothing answers at {url}" in done.stderr
+    doctor = run("doctor", home=tmp_path, **environment)
+    assert doctor.returncode == 1 and "Nothing answers" in doctor.stdout
+    done = run("complete", f"{EXAMPLE}:24", home=tmp_path, DEEPSEEK_LSP_ENGINE="openai")
+    assert done.returncode == 1 and "remote.url is ''" in done.stderr

@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from lsprotocol import types
 
 from lsp_server import ask
+from lsp_server.connection import Connection
 from lsp_server.host import Host
 from lsp_server.remembered import Remembered
 from lsp_server.session import Document, Encoding, Snapshot
-from lsp_server.settings import InlineSettings
+from lsp_server.settings import InlineSettings, Layer
 from model_host.generation import Priority
 from tests.scripted import ScriptedEngine
 
@@ -83,7 +84,7 @@ def document(text: str) -> Document:
     return Document(types.TextDocumentItem("file:///p/a.py", "python", 0, text), Encoding.Utf16)
 
 
-async def answer(host: Host, memory: Remembered, text: str) -> ask.Answer:
+async def answer(host: Host, memory: ask.Memory, text: str) -> ask.Answer:
     before, after = text.split("|")
     lines = before.split("\n")
     at = types.Position(len(lines) - 1, len(lines[-1]))
@@ -92,7 +93,7 @@ async def answer(host: Host, memory: Remembered, text: str) -> ask.Answer:
 
 async def test_typing_on_and_coming_back_ask_the_model_once():
     engine = ScriptedEngine(["self.name", " + 'x'"])
-    host, memory = Host(engine=engine, state="ready", message=""), Remembered()
+    host, memory = Host(engine=engine, state="ready", message=""), ask.Memory()
     first = await answer(host, memory, "    return |\n")
     typed = await answer(host, memory, "    return self.|\n")
     await answer(host, memory, "    return sold|\n")
@@ -103,13 +104,23 @@ async def test_typing_on_and_coming_back_ask_the_model_once():
 
 async def test_what_follows_an_accepted_suggestion_is_there_before_it_is_asked_for():
     engine = ScriptedEngine(["first()"])
-    host, memory = Host(engine=engine, state="ready", message=""), Remembered()
+    host, memory = Host(engine=engine, state="ready", message=""), ask.Memory()
     shown = await answer(host, memory, "x = |\ny = 2\n")
     assert shown.accepted is not None and shown.accepted.lines == ("x = first()\n", "y = 2\n", "")
-    await ask.think_ahead(host, shown.accepted, "a.py", SETTINGS, memory)
+    await ask.think_ahead(host, shown, "a.py", SETTINGS, memory)
     assert engine.requests[-1].priority is Priority.BACKGROUND and engine.requests[-1].prompt.middle == "x = first()"
     assert (await answer(host, memory, "x = first()|\ny = 2\n")).text == "first()"
     assert len(engine.requests) == 2
+
+
+def test_settings_sent_again_unchanged_forget_nothing_and_changed_ones_do():
+    server = Connection([], [], Host())
+    server.memory.remembered.keep(snapshot("x = |"), "1")
+    server.apply_settings([])
+    assert server.memory.remembered.rest(snapshot("x = |")) == "1"
+    server.client_layers["workspace"] = Layer("a test", {"inline": {"max_lines": 1}})
+    server.apply_settings([])
+    assert not server.memory.remembered.rest(snapshot("x = |"))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

@@ -56,3 +56,10 @@ def test_a_workspace_cannot_choose_the_model_or_the_device():
 def test_a_client_that_sends_no_table_is_told():
     assert table_layer("the client", None) == (Layer("the client", {}), [])
     assert "a table of settings" in table_layer("the client", [1])[1][0]
+
+
+def test_a_workspace_cannot_send_the_code_elsewhere():
+    layer, problems = workspace_layer({"engine": "openai", "remote": {"url": "https://evil.example/v1"}})
+    assert layer.values == {} and len(problems) == 2
+    settings, wrong = merge([layer])
+    assert settings.engine == "local" and settings.remote.url == "" and wrong == []

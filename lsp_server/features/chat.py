@@ -1,0 +1,103 @@
+"""deepseek-lsp/chat: questions and answers beside the editor, about files, selections and diagnostics named by URI. Answers come as partial
+results while they are made; `/name ...` is the action of that name at the first reference."""
+
+from typing import Any
+
+from lsprotocol import types
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lsp_server import act, actions, references
+from lsp_server.act import Asked, Place, Span
+from lsp_server.activity import Activity, plain, refused
+from lsp_server.connection import Connection, LastAction
+from lsp_server.errors import Refusal, Unusable
+from lsp_server.extraction import cleaned
+from lsp_server.references import Reference
+from model_host.generation import Engine
+
+CHAT = "deepseek-lsp/chat"
+END = "deepseek-lsp/chat/end"
+
+
+class ChatParams(BaseModel):
+    """What a client sends."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    text: str = Field(min_length=1, max_length=100_000)
+    conversation: str | None = None
+    """The one to go on with; a new one without."""
+    references: tuple[Reference, ...] = Field(default=(), max_length=50)
+    partialResultToken: str | int | None = None
+
+
+def register(server: Connection) -> None:
+    @server.feature(CHAT)
+    async def chat(params: Any) -> dict[str, Any]:
+        try:
+            return await answered(server, understood(params))
+        except Refusal as refusal:
+            raise refused(refusal) from refusal
+
+    @server.feature(END)
+    async def end(params: Any) -> None:
+        sent = plain(params)
+        if isinstance(sent, dict):
+            server.conversations.end(str(sent.get("conversation")))
+
+
+def understood(params: Any) -> ChatParams:
+    try:
+        return ChatParams.model_validate(plain(params))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise Refusal(f"The question is not understood: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}.") from error
+
+
+async def answered(server: Connection, params: ChatParams) -> dict[str, Any]:
+    """The answer to a question, or what an action gave. Raises Refusal."""
+    name, _, instruction = params.text.strip().removeprefix("/").partition(" ")
+    if params.text.startswith("/"):
+        return await acted(server, params, name, instruction.strip())
+    async with actions.engine_for(server) as engine:
+        return await said(server, params, engine)
+
+
+async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[str, Any]:
+    """The engine's answer to a question."""
+    settings = server.settings.actions
+    folders = actions.folders(server)
+    parts = [
+        references.part(server.session, reference, server.shown_path(reference.uri), folders, order)
+        for order, reference in enumerate(params.references)
+    ]
+    question = server.conversations.ask(engine, settings, params.conversation, params.text, parts)
+    server.stop_ahead()
+    activity = Activity(server, "Answering", "chat", params.references[0].uri if params.references else "")
+
+    async def heard(piece: str) -> None:
+        await activity.heard(piece)
+        if params.partialResultToken is not None:
+            server.progress(types.ProgressParams(token=params.partialResultToken, value={"text": piece}))
+
+    words = await activity.run(lambda: act.answer(engine, question.chat, settings.max_new_tokens, settings, heard, None))
+    server.last_action = LastAction(title="Answering", cost=words.cost)
+    text = cleaned(words.text, question.words).strip()
+    if not text:
+        raise Unusable("The model gave no answer. Ask again, in other words.")
+    server.conversations.answered(question, text)
+    notes = act.notes_of(engine, words, question.dropped)
+    return {"conversation": question.conversation, "text": text, "notes": list(notes), "edit": None}
+
+
+async def acted(server: Connection, params: ChatParams, name: str, instruction: str) -> dict[str, Any]:
+    """What the action `name` gives at the first reference: words, or an edit that the client may make. Raises Refusal."""
+    action = actions.find(server, name)
+    if not params.references:
+        raise Refusal(f"/{name} needs to know where: refer to a selection or a place in a file.")
+    first = params.references[0]
+    document = server.session.find(first.uri)
+    whole = Span(start=Place(line=0, character=0), end=Place(line=max(document.line_count - 1, 0) if document else 0, character=0))
+    asked = Asked(action=action.name, uri=first.uri, range=first.range or whole, diagnostics=first.diagnostics, instruction=instruction)
+    done = await actions.perform(server, asked)
+    return {"conversation": params.conversation, "text": done.words, "notes": list(done.notes), "edit": done.edit, "title": done.title}

@@ -1,0 +1,50 @@
+"""The command `deepseek-lsp.fill`: fills the cursor's place, or the holes marked in a selection, by fill-in-the-middle."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from lsp_server import actions, editing, filling, guard, workspace_edit
+from lsp_server.activity import Activity, plain, refused, stop_with_request
+from lsp_server.connection import Connection
+from lsp_server.errors import Refusal, Stale
+from lsp_server.filling import ToFill
+
+FILL = "deepseek-lsp.fill"
+
+
+def register(server: Connection) -> None:
+    @server.command(FILL)
+    async def fill(asked: Any) -> dict[str, Any]:
+        stop_with_request(server)
+        try:
+            return {"filled": await done(server, understood(asked))}
+        except Refusal as refusal:
+            raise refused(refusal) from refusal
+
+
+def understood(asked: Any) -> ToFill:
+    try:
+        return ToFill.model_validate(plain(asked))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise Refusal(f"The request to fill is not understood: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}.") from error
+
+
+async def done(server: Connection, asked: ToFill) -> int:
+    """Has the client make the edits, and says how many holes they fill. Raises Refusal."""
+    engine, document = actions.first_engine(server), server.session.find(asked.uri)
+    if document is None:
+        raise Refusal("The document is not open: the editor has to send textDocument/didOpen first.")
+    if reason := guard.refusal(asked.uri, actions.folders(server), is_open=True):
+        raise Refusal(reason)
+    server.stop_ahead()
+    snapshot = document.snapshot(actions.start_of(asked.range))
+    activity = Activity(server, "Filling in", "fill", asked.uri)
+    path = server.shown_path(asked.uri)
+    edits = await activity.run(lambda: filling.filled(engine, document, asked, path, server.settings, activity.heard))
+    if server.session.find(asked.uri) is not document or document.version != snapshot.version:
+        raise Stale("The document changed while the model answered, so nothing is filled. Ask again.")
+    edit = workspace_edit.edit_of(server.client_capabilities, snapshot, edits, "Fill in", confirm=False)
+    await editing.make(server, "Fill in", edit)
+    return len(edits)

@@ -1,0 +1,74 @@
+"""A second checkpoint for actions and chat beside the one that completes: loaded when it is first needed, let go when it is not.
+
+Owns: its life. It goes when nobody asked it for a while, or at once when the machine's memory runs short, but never within an answer.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lsp_server.errors import Refusal
+from lsp_server.host import Host
+from lsp_server.settings import Settings
+from model_host.generation import Engine, Progress
+
+LOOK_EVERY_S = 15.0
+SHORT_SHARE = 0.05
+"""Less than this share of the machine's memory left is short."""
+
+
+def memory_is_short() -> bool:
+    """Whether hardly any memory is left, as Linux tells it; elsewhere nothing is known, and nothing is short."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        return kilobytes["MemAvailable"] < SHORT_SHARE * kilobytes["MemTotal"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return False
+
+
+@dataclass
+class Second:
+    """Holds the second engine while it is wanted. Used on the event loop."""
+
+    host: Host = field(default_factory=Host)
+    is_short: Callable[[], bool] = memory_is_short
+    _users: int = 0
+    _used_at: float = 0.0
+    _loading: asyncio.Task[None] | None = None
+    _watch: asyncio.Task[None] | None = None
+
+    @contextlib.asynccontextmanager
+    async def engine(self, settings: Settings, report: Progress) -> AsyncIterator[Engine]:
+        """The engine, loaded where it is not, and not let go before the block ends. Raises Refusal when it cannot be loaded."""
+        self._users += 1
+        try:
+            if self.host.engine is None:
+                if self._loading is None or self._loading.done():
+                    self._loading = asyncio.create_task(self._load(settings, report))
+                await asyncio.shield(self._loading)  # who no longer wants to wait stops waiting; the thread that loads goes on
+            if self.host.engine is None:
+                raise Refusal(self.host.message)
+            yield self.host.engine
+        finally:
+            self._users -= 1
+            self._used_at = time.monotonic()
+
+    async def _load(self, settings: Settings, report: Progress) -> None:
+        await self.host.start(settings.model_copy(update={"model": settings.chat_model}), report)
+        self._used_at = time.monotonic()
+        self._watch = asyncio.create_task(self._let_go_in_time(settings.chat_idle_s))
+
+    async def _let_go_in_time(self, idle_s: float) -> None:
+        while self.host.engine is not None:
+            await asyncio.sleep(min(LOOK_EVERY_S, idle_s))
+            if not self._users and (time.monotonic() - self._used_at >= idle_s or self.is_short()):
+                await self._let_go()
+
+    async def _let_go(self) -> None:
+        engine, self.host.engine, self.host.state = self.host.engine, None, "waiting"
+        if engine is not None:
+            await asyncio.to_thread(engine.close)  # freeing gigabytes takes its time

@@ -1,0 +1,102 @@
+"""Chat over stdio, with an engine whose words are known."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lsprotocol import types
+from pygls.exceptions import JsonRpcException
+
+from tests.editor import URI, Editor, editor, plain
+
+SHOP = "class Shop:\n    def add(self, item):\n        return None\n"
+HERE = {"start": {"line": 1, "character": 4}, "end": {"line": 2, "character": 0}}
+
+
+@pytest.fixture
+async def speaking():
+    async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["It ", "adds", " **items**."]})) as running:
+        await running.start()
+        running.open(SHOP)
+        yield running
+
+
+async def chat(running: Editor, text: str, **more: Any) -> Any:
+    return plain(await running.client.protocol.send_request_async("deepseek-lsp/chat", {"text": text, **more}))
+
+
+async def test_an_answer_streams_as_partial_results_and_the_conversation_goes_on(speaking: Editor):
+    pieces = []
+
+    notified = speaking.client.protocol._handle_notification
+
+    def heard(method: str, params: Any) -> None:
+        if method == "$/progress" and params.token == "partial":
+            pieces.append(plain(params.value))
+        notified(method, params)
+
+    speaking.client.protocol._handle_notification = heard
+    first = await chat(speaking, "What does it do?", references=[{"uri": URI, "range": HERE}], partialResultToken="partial")
+    assert first["text"] == "It adds **items**."
+    while len(pieces) < 3:
+        await asyncio.sleep(0.01)
+    assert "".join(str(piece.get("text", piece)) for piece in map(dict, pieces)) == "It adds **items**."
+    second = await chat(speaking, "Sure?", conversation=first["conversation"])
+    assert second["conversation"] == first["conversation"]
+    await speaking.client.protocol.send_request_async("deepseek-lsp/chat/end", {"conversation": first["conversation"]})
+    with pytest.raises(JsonRpcException, match="begin a new one"):
+        await chat(speaking, "Sure?", conversation=first["conversation"])
+
+
+async def test_a_slash_form_is_the_action_at_the_first_reference(speaking: Editor):
+    answer = await chat(speaking, "/explain_symbol", references=[{"uri": URI, "range": HERE}])
+    assert answer["title"] == "Explain add" and answer["text"] == "It adds **items**."
+    with pytest.raises(JsonRpcException, match="needs to know where"):
+        await chat(speaking, "/explain")
+    with pytest.raises(JsonRpcException, match="no action 'nothing'"):
+        await chat(speaking, "/nothing at all")
+
+
+async def test_a_slash_form_that_edits_gives_the_edit():
+    answer = "```python\ndef add(self, item):\n    return item\n```"
+    async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": [answer]})) as running:
+        await running.start()
+        running.open(SHOP)
+        done = await chat(
+            running, "/refactor return the item", references=[{"uri": URI, "range": HERE | {"end": {"line": 3, "character": 0}}}]
+        )
+        (change,) = done["edit"]["documentChanges"]
+        assert change["edits"][0]["newText"] == "        return item\n"
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({}, "text: Field required"),
+        ({"text": ""}, "at least 1 character"),
+        ({"text": "x", "references": [{"uri": "file:///etc/passwd"}]}, "neither open nor in the workspace"),
+        ({"text": "x", "references": [{"uri": "file:///project/.env"}]}, "secrets"),
+        ({"text": "x", "references": [{"uri": "file:///project/none.py"}]}, "cannot be read"),
+        ({"text": "x", "conversation": "none"}, "begin a new one"),
+    ],
+)
+async def test_what_cannot_be_answered_says_why(speaking: Editor, params: dict[str, Any], said: str):
+    with pytest.raises(JsonRpcException, match=said):
+        await speaking.client.protocol.send_request_async("deepseek-lsp/chat", params)
+
+
+async def test_files_of_the_workspace_are_read_and_links_out_of_it_are_not(tmp_path: Path):
+    async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["ok"]})) as running:
+        folder = tmp_path / "project"
+        folder.mkdir()
+        (folder / "a.py").write_text("x = 1\n")
+        (tmp_path / "secret.py").write_text("y = 1\n")
+        (folder / "link.py").symlink_to(tmp_path / "secret.py")
+        folders = [types.WorkspaceFolder(uri=folder.as_uri(), name="project")]
+        await running.client.initialize_session(types.InitializeParams(capabilities=types.ClientCapabilities(), workspace_folders=folders))
+        assert (await chat(running, "?", references=[{"uri": (folder / "a.py").as_uri()}]))["text"] == "ok"
+        with pytest.raises(JsonRpcException, match="neither open nor in the workspace"):
+            await chat(running, "?", references=[{"uri": (folder / "link.py").as_uri()}])

@@ -1,0 +1,192 @@
+"""Tests for a function: what is wrong with an answer, how it joins a file that is there, and a run behind walls."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lsprotocol import types
+
+from lsp_server import act, regions, sandbox, writing_tests
+from lsp_server.errors import Refusal, Unusable
+from lsp_server.session import split_lines
+from lsp_server.settings import ActionSettings
+from tests.lsp_server.drawn import ACTIONS, asked_of, document_of
+from tests.scripted import AnsweringEngine
+
+SHOP = """import decimal
+
+
+class Cart:
+    def total(self, tax=0):
+        return tax
+
+
+def add(a, b):
+    return a + b
+"""
+GOOD = "from shop import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "shop.py").write_text(SHOP)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    return tmp_path
+
+
+def prepared(root: Path, line: int = 8) -> tuple[act.Task, writing_tests.Plan]:
+    uri = (root / "shop.py").as_uri()
+    here = types.Range(types.Position(line, 0), types.Position(line, 0))
+    asked = asked_of("tests", here, uri=uri)
+    task = act.prepare(ACTIONS["tests"], asked, document_of(SHOP, uri=uri), "shop.py", [root.as_uri()], 2_000_000)
+    return task, writing_tests.plan(task, [root.as_uri()])
+
+
+def problem(root: Path, code: str, line: int = 8) -> str | None:
+    return writing_tests.problem(*prepared(root, line), code)
+
+
+def test_tests_that_import_what_is_there_have_no_problem(root: Path):
+    assert problem(root, GOOD) is None
+    assert problem(root, "import decimal\nimport pytest\nimport shop\n\ndef test_add():\n    assert shop.add(1, 2)\n") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def test_add(:\n", "no Python"),
+        ("from shop import add\nadd(1, 2)\n", "begins with test"),
+        ("from shop import add\n\ndef test_nothing():\n    pass\n", "never use add"),
+        ("from shop import subtract\n\ndef test_add():\n    add()\n", "shop has no subtract"),
+        ("import numpy\nfrom shop import add\n\ndef test_add():\n    add()\n", "import of numpy cannot work"),
+        ("from shop.deep import add\n\ndef test_add():\n    add()\n", "import of shop.deep cannot work"),
+    ],
+)
+def test_tests_that_cannot_work_are_told_why(root: Path, code: str, said: str):
+    assert said in problem(root, code)
+
+
+def test_a_forgotten_import_of_the_tested_name_is_put_in(root: Path):
+    task, plan = prepared(root, line=4)
+    answer = "```python\ndef test_total():\n    assert Cart().total() == 0\n```"
+    code = writing_tests.code_of(task, plan, answer, is_cut_off=False)
+    assert code == "from shop import Cart\n\n\ndef test_total():\n    assert Cart().total() == 0"
+    assert writing_tests.problem(task, plan, code) is None
+
+
+def test_tests_are_written_nowhere_but_in_the_workspace(root: Path):
+    task, _ = prepared(root)
+    with pytest.raises(Refusal, match="open the folder"):
+        writing_tests.plan(task, ["file:///elsewhere"])
+    (root / "tests").symlink_to("/")
+    with pytest.raises(Refusal, match="outside the workspace"):
+        writing_tests.plan(task, [root.as_uri()])
+
+
+def added(existing: str, code: str, newline: str = "\n") -> str:
+    lines = tuple(split_lines(existing))
+    found = writing_tests.python_addition(existing, code)
+    assert all(change.first == change.end for change in writing_tests.changes(lines, newline, found))
+    return regions.applied(lines, writing_tests.changes(lines, newline, found))
+
+
+def test_tests_are_added_below_those_that_are_there_and_their_imports_behind_the_others():
+    existing = "import pytest\n\n\ndef test_old():\n    assert True\n"
+    new = "import pytest\n" + GOOD.replace("def test_add", "@pytest.mark.slow\ndef test_add") + "\n\ndef test_old():\n    pass\n"
+    assert added(existing, new) == (
+        "import pytest\nfrom shop import add\n\n\ndef test_old():\n    assert True\n\n\n"
+        "@pytest.mark.slow\ndef test_add():\n    assert add(1, 2) == 3\n\n\ndef test_old_2():\n    pass\n"
+    )
+
+
+def test_nothing_is_added_to_a_file_that_does_not_parse():
+    with pytest.raises(Unusable, match="mend it first"):
+        added("def broken(:\n", GOOD)
+
+
+@given(
+    st.lists(st.sampled_from(["import os", "import pytest", "x = 1", "def test_add(): pass", "# é 🙂", "", '"""\ntext\n"""']), max_size=8)
+)
+def test_an_addition_keeps_every_line_that_is_there_in_order(lines: list[str]):
+    existing = "\n".join(lines)
+    result = added(existing, GOOD).split("\n")
+    place = 0
+    for line in existing.split("\n"):
+        place = result.index(line, place) + 1
+
+
+async def written(root: Path, python: str, *answers: str) -> tuple[str, tuple[str, ...], AnsweringEngine, list[str]]:
+    task, plan = prepared(root)
+    engine, begun_anew = AnsweringEngine(*answers), []
+
+    async def start_over(why: str) -> None:
+        begun_anew.append(why)
+
+    watched = writing_tests.Watched(heard=act.unheard, start_over=start_over)
+    code, notes = await writing_tests.write(engine, task, plan, ActionSettings(), python, watched)
+    return code, notes, engine, begun_anew
+
+
+async def test_tests_that_cannot_work_are_mended_once_with_the_reason_in_the_question(root: Path):
+    wrong = GOOD.replace("import add", "import subtract")
+    code, notes, engine, begun_anew = await written(root, "", f"```python\n{wrong}```", f"```python\n{GOOD}```")
+    assert code == GOOD.rstrip("\n") and notes == () and begun_anew == ["shop has no subtract to import."]
+    first, answer, question = engine.requests[1].prompt.messages
+    assert first == engine.requests[0].prompt.messages[0] and "subtract" in answer.content
+    assert "shop has no subtract to import." in question.content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_tests_that_fail_are_mended_once_and_then_written_with_a_word(root: Path):
+    failing = f"```python\n{GOOD.replace('== 3', '== 4')}```"
+    code, notes, engine, begun_anew = await written(root, sys.executable, failing, f"```python\n{GOOD}```")
+    if not begun_anew:
+        pytest.skip(" ".join(notes))
+    assert "assert 3 == 4" in engine.requests[1].prompt.messages[2].content
+    assert code == GOOD.rstrip("\n") and notes == ("The tests were run, and pass.",)
+    _, notes, _, _ = await written(root, sys.executable, failing, failing)
+    assert "do not work yet" in notes[-1] and "assert 3 == 4" in notes[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_a_run_sees_the_unsaved_source_has_no_network_and_writes_nothing_to_disk(root: Path, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "file"
+    code = f"""
+import socket, pytest
+from shop import add
+
+def test_add():
+    assert add(1, 2) == 30
+    open("inside.txt", "w").write("gone with the run")
+
+def test_walls():
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", 9), 1)
+    with pytest.raises(OSError):
+        open({str(outside)!r}, "w")
+"""
+    task, plan = prepared(root)
+    run = await writing_tests.tried(task, plan, code.replace("30", "3"), sys.executable)
+    if not run.is_done:
+        pytest.skip(run.output)
+    assert run.passed, run.output
+    assert not (root / "inside.txt").exists() and not outside.exists() and not (root / "tests").exists()
+    failed = await writing_tests.tried(task, plan, code, sys.executable)
+    assert not failed.passed and "assert 3 == 30" in failed.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_a_run_that_never_ends_is_ended(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sandbox, "LIMIT_S", 1.0)
+    run = await sandbox.run([sys.executable, "-c", "import os\nos.fork()\nwhile True: pass"], root, {})
+    if not run.is_done:
+        pytest.skip(run.output)
+    assert not run.passed and "did not end within 1 s" in run.output
+
+
+async def test_nothing_is_run_unless_the_user_names_a_python(root: Path):
+    task, plan = prepared(root)
+    assert await writing_tests.tried(task, plan, GOOD, "") is None
+    assert "is no program" in (await writing_tests.tried(task, plan, GOOD, "/no/python")).output
