@@ -1,8 +1,9 @@
 """python -m benchmarks.gpu --out DIR [--tiny] [--budget-s S]: what the engine's model does on a GPU, held against its ceilings.
 
-Random weights in the shapes of DeepSeek-Coder-V2-Lite, bfloat16. First whether the kernels and the captured graphs are right, then
-how fast they are: decode beside the plain torch path, transformers' model (which shares the weights), and the bytes of a token over
-the bandwidth measured in the same run; prefill beside the operations of a prompt over the measured rate of large matmuls.
+Random weights in the shapes of DeepSeek-Coder-V2-Lite, bfloat16; last in fewer bits, and the 236B in 4. First whether the kernels and
+the captured graphs are right, then how fast they are: decode beside the plain torch path, transformers' model (which shares the
+weights), and the bytes of a token over the bandwidth measured in the same run; prefill beside the operations of a prompt over the
+measured rate of large matmuls.
 
 Every section stands alone: what it finds, or the error that ended it, is in DIR/gpu.json and DIR/gpu.md before the next one starts,
 and what does not fit into the budget is left out and named. Needs torch, pydantic, Triton, and transformers for the comparison.
@@ -30,12 +31,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_host.batch import Span, Step
+from model_host.catalogue import LARGE, Precision
 from model_host.config import ModelConfig
+from model_host.experts import Spread, TorchExperts
 from model_host.gpu import plain
 from model_host.gpu.model import MAX_ROWS, SHORT_TOKENS, GpuModel
+from model_host.holders import empty_dense
 from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import Block, Model, MoE
 from model_host.pages import PAGE_TOKENS, pages_for
+from model_host.placement import CHUNK_TOKENS, groups
+from model_host.quantized import PackedLinear, Stack
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 LITE: dict[str, Any] = {
@@ -770,6 +776,83 @@ def short_spans(bench: Bench) -> None:
             found["steps"] = rows_found
 
 
+def random_packed_model(config: ModelConfig, precision: str, dtype: torch.dtype, device: torch.device) -> Model:
+    """As `random_model`, in fewer bits: codes are drawn, not rounded to, which nothing but the sums can tell."""
+    held = TorchExperts(config, range(config.n_routed_experts or 0), precision, dtype, device)
+    model = empty_dense(config, Spread([held]), precision=precision, dtype=dtype, device=device).eval()
+    torch.manual_seed(0)
+    for module in (*held.modules(), *model.modules()):
+        if isinstance(module, PackedLinear | Stack) and module.bits:
+            columns = module.in_features if isinstance(module, PackedLinear) else module.columns
+            module.codes.random_(*((-127, 128) if module.bits == 8 else (0, 256)))
+            module.scales.fill_((columns**-0.5) / (73.6 if module.bits == 8 else 4.64))  # over the codes' standard deviation
+    for name, parameter in model.named_parameters():
+        kind = name.rpartition(".")[2]
+        if "norm" in name:
+            parameter.fill_(1.0)
+        elif kind not in ("codes", "scales"):
+            parameter.normal_(std=1.0 if name == "embed_tokens.weight" else parameter.shape[-1] ** -0.5)
+    return model
+
+
+def formats(bench: Bench) -> None:
+    """Decode with weights in fewer bits, and what of a large card is left beside the largest model. The bf16 model goes first."""
+    found, rows_found, fits_found = bench.sections["formats"], list[dict[str, Any]](), list[dict[str, Any]]()
+    bench.model = bench.gpu = bench.latents = None
+    bandwidth = bench.metrics.get("bandwidth_gb_s", math.nan) * 1e9
+    large = LARGE
+    if bench.is_tiny:
+        grouped = {"q_lora_rank": 48, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        large = ModelConfig.model_validate(TINY | grouped)
+    for shape, config, precision in (
+        ("Coder-V2-Lite", bench.config, Precision.BFLOAT16),
+        ("Coder-V2-Lite", bench.config, Precision.INT8),
+        ("Coder-V2-Lite", bench.config, Precision.INT4),
+        ("236B", large, Precision.INT4),
+    ):
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        plainly = precision is Precision.BFLOAT16
+        model = (
+            random_model(config, bench.dtype, bench.device)
+            if plainly
+            else random_packed_model(config, precision.value, bench.dtype, bench.device)
+        )
+        longest = bench.contexts[-1] + 64
+        latents = filled_pool(config, longest, bench.dtype, bench.device)
+        gpu = GpuModel(model, bench.operations)
+        read = sum(group.read_bytes for group in groups(config, precision))
+        fits: dict[str, Any] = {"shapes": shape, "weights in": precision.value, "room for tokens": longest}
+        for count, context in [*((1, context) for context in bench.contexts), (MAX_ROWS, bench.contexts[0])]:
+            if count * (context + 32) > longest:
+                continue
+            sequences = Sequences(count, context, 24, pages_for(longest), config.vocab_size)
+            took = decode_seconds(partial(gpu.forward, latents=latents), sequences, 2 if bench.is_tiny else 16)
+            cached = count * context * config.latent_dim * config.num_hidden_layers * bench.dtype.itemsize
+            row: dict[str, Any] = {"shapes": shape, "weights in": precision.value, "sequences": count, "context": context}
+            row |= {"ms a step": took * 1e3, "tokens/s": count / took}
+            if bench.device.type == "cuda":
+                row["graph alone ms"] = replay_seconds(gpu._graphs[count][0].replay) * 1e3
+            if count == 1:
+                row |= {"GB a token": (read + cached) / 1e9, "share of ceiling": (read + cached) / bandwidth / took}
+                bench.metrics[f"{shape}_{precision.value}_decode_{context}_tokens_s"] = 1 / took
+                bench.metrics[f"{shape}_{precision.value}_decode_{context}_share_of_ceiling"] = (read + cached) / bandwidth / took
+            rows_found.append(row)
+            found["steps"] = rows_found
+        chunk = min(CHUNK_TOKENS, bench.contexts[-1])
+        sequences = Sequences(1, bench.contexts[-1] - chunk, chunk, pages_for(longest), config.vocab_size)
+        began = time.perf_counter()
+        gpu.forward(sequences.step([5] * chunk), latents).sum().item()
+        fits[f"ms, {chunk} more tokens at {bench.contexts[-1]}"] = (time.perf_counter() - began) * 1e3
+        if bench.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            fits |= {"card GB": total / 1e9, "most GB allocated": torch.cuda.max_memory_allocated() / 1e9, "GB never taken": free / 1e9}
+        fits_found.append(fits)
+        found["fits"] = fits_found
+        del model, gpu, latents
+
+
 SECTIONS: tuple[tuple[str, Callable[[Bench], None], float], ...] = (
     ("machine", machine, 0),
     ("build", build, 0),
@@ -785,6 +868,7 @@ SECTIONS: tuple[tuple[str, Callable[[Bench], None], float], ...] = (
     ("several tokens of one sequence", verify, 5),
     ("attention of a prompt", prompt_attention, 20),
     ("short spans, plain torch", short_spans, 20),
+    ("formats", formats, 120),
 )
 """Name, what it does, and the seconds it should have left to start."""
 

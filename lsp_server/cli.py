@@ -1,4 +1,4 @@
-"""The command `deepseek-lsp` and its verbs: serve (the default), complete, doctor, download.
+"""The command `deepseek-lsp` and its verbs: serve (the default), complete, chat, doctor, download.
 
 Owns: arguments, what a terminal shows, exit statuses. The verbs do nothing that the server does not do the same way.
 """
@@ -10,7 +10,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from lsprotocol import types
@@ -19,14 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lsp_server import ask
+from lsp_server.activity import is_news
 from lsp_server.connection import VERSION
-from lsp_server.host import Host
-from lsp_server.remembered import Remembered
+from lsp_server.host import Host, remote_endpoint
+from lsp_server.languages import language_of
 from lsp_server.server import create_server
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import Settings, merge, user_file, user_settings
 from model_host.errors import EngineError
 from model_host.generation import Facts
+from prompts import library
 
 app = typer.Typer(
     help="A private, local pair programmer for any editor, running DeepSeek-V2. Without a verb it serves: editors start it so.",
@@ -35,13 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-LANGUAGES = {
-    ".c": "c", ".cpp": "cpp", ".cs": "csharp", ".go": "go", ".java": "java", ".js": "javascript", ".jsx": "javascriptreact",
-    ".lua": "lua", ".php": "php", ".py": "python", ".rb": "ruby", ".rs": "rust", ".sh": "shellscript", ".toml": "toml",
-    ".ts": "typescript", ".tsx": "typescriptreact", ".yaml": "yaml", ".yml": "yaml",
-}  # fmt: skip
 STDIO = typer.Option("--stdio", help="Accepted for editors that pass it: stdin and stdout are the only way to talk.")
 LINES_AROUND = 6
+PLANNED = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 
 
 def say_version(wanted: bool) -> None:
@@ -69,12 +67,14 @@ def serve(stdio: Annotated[bool, STDIO] = False) -> None:
     sys.stdout = sys.stderr
     logging.basicConfig(level=os.environ.get("DEEPSEEK_LSP_LOG", "WARNING").upper(), stream=sys.stderr)
     logging.getLogger("pygls").setLevel(logging.WARNING)  # below, pygls logs whole messages, and with them the user's text
+    logging.getLogger("pygls.protocol.json_rpc").addFilter(is_news)
     layers, problems = user_settings()
     server = create_server(layers, problems, Host())
     try:
         server.start_io(sys.stdin.buffer, wire)
     finally:
         server.host.close()
+        server.second.host.close()
 
 
 def parse_place(place: str) -> tuple[Path, int, int | None]:
@@ -117,10 +117,10 @@ async def complete_and_show(file: Path, text: str, line: int, column: int | None
         typer.echo(host.message, err=True)
         return False
     try:
-        language = LANGUAGES.get(file.suffix, "plaintext")
+        language = language_of(file)
         document = Document(types.TextDocumentItem(file.resolve().as_uri(), language, 0, text), Encoding.Utf32)
         at = types.Position(line - 1, 10**9 if column is None else column - 1)
-        answer = await ask.complete(host, document, at, str(file), settings.inline, Remembered())
+        answer = await ask.complete(host, document, at, str(file), settings.inline, ask.Memory())
         show(console, document, at, answer)
         show_load(console, host.engine.facts)
         show_cost(console, answer)
@@ -129,7 +129,7 @@ async def complete_and_show(file: Path, text: str, line: int, column: int | None
             here = before.range(before.column, before.column)
             document.change(types.TextDocumentContentChangePartial(range=here, text=typed))
             at = types.Position(line - 1, before.column + len(typed))
-            again = await ask.complete(host, document, at, str(file), settings.inline, Remembered())
+            again = await ask.complete(host, document, at, str(file), settings.inline, ask.Memory())
             console.print(Text(f"\ntyped {typed!r}", style="bold"))
             show(console, document, at, again, around=0)
             show_cost(console, again)
@@ -157,6 +157,9 @@ def show(console: Console, document: Document, at: types.Position, answer: ask.A
 
 
 def show_load(console: Console, facts: Facts) -> None:
+    if not facts.parameters:
+        console.print(f"\nmodel    {facts.checkpoint} at {facts.device}, which answered within {facts.load_s:.2f} s")
+        return
     name = "starter" if Path(facts.checkpoint).parent.name == "starter" else facts.checkpoint
     console.print(
         f"\nmodel    {name}: {facts.parameters / 1e6:,.1f} M parameters, {facts.dtype} on {facts.device}, loaded in {facts.load_s:.2f} s"
@@ -166,10 +169,26 @@ def show_load(console: Console, facts: Facts) -> None:
 def show_cost(console: Console, answer: ask.Answer) -> None:
     if cost := answer.cost:
         tokens = f"{cost.computed_tokens} token{'' if cost.computed_tokens == 1 else 's'}"
+        shifted = f", {cost.shifted_tokens} reused nearly" if cost.shifted_tokens else ""
         console.print(
             f"cost     first token after {1000 * cost.first_token_s:.0f} ms, then {cost.tokens_per_s:.0f} tokens/s;"
-            f" {tokens} of the prompt computed, {cost.cached_tokens} reused, {cost.new_tokens} new"
+            f" {tokens} of the prompt computed, {cost.cached_tokens} reused{shifted}, {cost.new_tokens} new"
         )
+
+
+@app.command("chat")
+def chat(
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE[:FROM-TO]]...", help="What the first question is about.")] = None,
+    model: Annotated[str, typer.Option("--model", help="Another model than the settings': 'starter', a folder or a hub name.")] = "",
+) -> None:
+    """Talk with the model in the terminal, about files of this folder."""
+    settings, problems = merge(user_settings()[0])
+    actions, wrong = library.load(user_file().parent / "actions")
+    for problem in [*problems, *wrong]:
+        typer.echo(problem, err=True)
+    settings = settings.model_copy(update={"model": model or settings.chat_model or settings.model})
+    talked = importlib.import_module("lsp_server.terminal_chat").talk(settings, actions, files or [])
+    raise typer.Exit(0 if talked else 1)
 
 
 @app.command("download")
@@ -186,11 +205,21 @@ def download(name: Annotated[str, typer.Argument(metavar="ORGANISATION/MODEL")])
 @app.command("doctor")
 def doctor(
     models: Annotated[bool, typer.Option("--models", help="List the models there are, and which of them fit here.")] = False,
+    model: Annotated[str, typer.Option("--model", help="Plan where this one would lie: a name of --models, or a folder.")] = "",
+    devices: Annotated[str, typer.Option("--devices", help="On these instead of this machine's, as 2x24GB or 24GB+cpu:64GB.")] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="As auto (the best that fits), bfloat16, int8 or int4.")] = "auto",
+    context: Annotated[int, typer.Option("--context", min=1, help="With so many tokens of context.")] = 16_384,
 ) -> None:
     """Say what is installed, what would be loaded, what is wrong and what to do."""
     console = Console(highlight=False, soft_wrap=True)
     if models:
         show_models(console)
+        return
+    if model or devices:
+        if dtype not in PLANNED:
+            raise typer.BadParameter(f"{dtype!r} is none of {', '.join(PLANNED)}.", param_hint="--dtype")
+        name = model or merge(user_settings()[0])[0].model
+        show_plan(console, importlib.import_module("model_host.inspection").placed(name, devices, dtype, context))
         return
     layers, problems = user_settings()
     settings, wrong = merge(layers)
@@ -200,7 +229,7 @@ def doctor(
     for package in ("torch", "transformers", "tokenizers", "pygls", "lsprotocol"):
         table.add_row(package, installed(package))
     problems = [*problems, *wrong]
-    report = importlib.import_module("model_host.inspection").inspect(settings.model, settings.device, settings.dtype, settings.kernels)
+    report = inspected(settings)
     table.add_row("settings", f"{user_file()}{'' if user_file().exists() else ' (not there: defaults)'}")
     for name, fact in report.facts.items():
         table.add_row(name, fact)
@@ -210,6 +239,30 @@ def doctor(
     if problems or report.problems:
         raise typer.Exit(1)
     console.print(Text("✓ nothing is wrong", style="green"))
+
+
+def inspected(settings: Settings) -> Any:
+    """What would be loaded, or asked, and what stands in its way."""
+    if settings.engine == "openai":
+        remote = importlib.import_module("model_host.remote")
+        try:
+            return remote.inspect(remote_endpoint(settings))
+        except EngineError as error:
+            return remote.Inspection({"engine": settings.remote.url}, [str(error)])
+    inspection = importlib.import_module("model_host.inspection")
+    return inspection.inspect(settings.model, settings.device, settings.dtype, settings.kernels)
+
+
+def show_plan(console: Console, report: Any) -> None:
+    """A plan in words, or why there is none and what comes nearest."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, fact in report.facts.items():
+        table.add_row(name, fact)
+    console.print(table)
+    for problem in report.problems:
+        console.print(Text(f"✗ {problem}", style="red"))
+    if report.problems:
+        raise typer.Exit(1)
 
 
 def show_models(console: Console) -> None:

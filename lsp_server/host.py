@@ -9,6 +9,10 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
 
 from lsp_server.settings import Settings
 from model_host.errors import EngineError
@@ -17,8 +21,31 @@ from model_host.generation import Engine, Progress
 Load = Callable[[Settings, Progress], Engine]
 
 
+def load_chosen(settings: Settings, progress: Progress) -> Engine:
+    """The engine that `settings` names. Runs on any thread but the event loop's. Raises EngineError."""
+    return load_remote(settings, progress) if settings.engine == "openai" else load_local(settings, progress)
+
+
+def load_remote(settings: Settings, progress: Progress) -> Engine:
+    progress("asking what it serves", 0.0)
+    remote = importlib.import_module("model_host.remote")
+    connected: Engine = remote.connect(remote_endpoint(settings))
+    return connected
+
+
+def remote_endpoint(settings: Settings) -> Any:
+    """A model_host.remote.Endpoint. Raises EngineError, naming the setting that is wrong."""
+    remote = importlib.import_module("model_host.remote")
+    return remote.endpoint(**settings.remote.model_dump(), environment=os.environ)
+
+
+def goal(settings: Settings) -> str:
+    """What is being started, in words."""
+    return f"Connecting to {settings.remote.url}" if settings.engine == "openai" else f"Loading {settings.model}"
+
+
 def load_local(settings: Settings, progress: Progress) -> Engine:
-    """Loads the checkpoint that `settings` names on this machine. Runs on any thread but the event loop's."""
+    """Loads the checkpoint that `settings` names on this machine."""
     progress("starting torch", 0.0)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, by torch: threads that wait actively starve each other and the editor
     checkpoints = importlib.import_module("model_host.checkpoints")
@@ -31,16 +58,23 @@ def load_local(settings: Settings, progress: Progress) -> Engine:
         threads=settings.threads,
         kernels=settings.kernels,
         cache_bytes=settings.cache_mb * 1_000_000,
+        ram_bytes=settings.ram_cache_mb * 1_000_000,
+        disk=engine.Disk(latents_folder(), settings.disk_cache_mb * 1_000_000) if settings.disk_cache_mb else None,
         progress=progress,
     )
     return loaded
+
+
+def latents_folder() -> Path:
+    """Where what was computed of documents is kept, if the user asks for it."""
+    return platformdirs.user_cache_path("deepseek-lsp", appauthor=False) / "latents"
 
 
 @dataclass
 class Host:
     """Holds the engine once there is one. Used on the event loop."""
 
-    load: Load = load_local
+    load: Load = load_chosen
     engine: Engine | None = None
     state: str = "waiting"
     """waiting, loading, ready or failed"""
@@ -49,10 +83,10 @@ class Host:
     async def start(self, settings: Settings, report: Progress) -> None:
         """Loads the model; `report` is called on the event loop."""
         loop = asyncio.get_running_loop()
-        self.state, self.message = "loading", f"Loading {settings.model}."
+        self.state, self.message = "loading", f"{goal(settings)}."
 
         def heard(what: str, share: float) -> None:
-            self.message = f"Loading {settings.model}: {what}, {share:.0%}."
+            self.message = f"{goal(settings)}: {what}, {share:.0%}."
             report(what, share)
 
         def progress(what: str, share: float) -> None:
@@ -63,11 +97,14 @@ class Host:
         except EngineError as error:
             self.state, self.message = "failed", str(error)
         except Exception as error:
-            self.state, self.message = "failed", f"The model {settings.model} could not be loaded: {error!r}. Run: deepseek-lsp doctor"
+            self.state, self.message = "failed", f"{goal(settings)} failed: {error!r}. Run: deepseek-lsp doctor"
         else:
             facts = self.engine.facts
             self.state = "ready"
-            self.message = f"{facts.checkpoint} on {facts.device} in {facts.dtype}, loaded in {facts.load_s:.1f} s."
+            if facts.parameters:
+                self.message = f"{settings.model} on {facts.device} in {facts.dtype}, loaded in {facts.load_s:.1f} s."
+            else:
+                self.message = f"{facts.checkpoint} on {facts.device}, elsewhere."
 
     def close(self) -> None:
         if self.engine is not None:

@@ -19,7 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
-USER_LEVEL = frozenset({"model", "device", "dtype", "threads", "kernels", "cache_mb"})
+USER_LEVEL = frozenset(
+    {
+        "model", "chat_model", "device", "dtype", "threads", "kernels", "cache_mb", "ram_cache_mb", "disk_cache_mb", "tests_python",
+        "engine", "remote",
+    }
+)  # fmt: skip
 
 
 class Part(BaseModel):
@@ -35,20 +40,64 @@ class InlineSettings(Part):
     deadline_s: float = Field(default=6.0, gt=0, le=120, description="A completion that takes longer is shown as far as it came.")
     context_tokens: int = Field(default=2048, ge=64, le=131_072, description="How much of the file the model sees, in tokens, about.")
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 always gives the likeliest completion.")
-    ahead: bool = Field(default=True, description="Compute what would follow a suggestion while it is looked at.")
+    reuse: Literal["off", "exact", "shifted"] = Field(
+        default="shifted",
+        description="What may be reused of earlier work: nothing; what gives the very same answer; or, after an edit above the"
+        " cursor, also what gives nearly the same at once, until the exact work is done at rest.",
+    )
+    ahead: bool = Field(default=True, description="Compute what may be wanted next while the user looks or rests.")
     max_document_chars: int = Field(default=2_000_000, ge=1000, description="Larger documents are not completed.")
+
+
+class ActionSettings(Part):
+    """Code actions and chat."""
+
+    enabled: bool = Field(default=True, description="Offer code actions at all.")
+    context_tokens: int = Field(default=6144, ge=256, le=131_072, description="How much of the project the model sees, in tokens, about.")
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 always gives the likeliest answer.")
+    max_new_tokens: int = Field(default=1024, ge=16, le=16_384, description="Longest answer in the chat, in tokens.")
+    first_words_s: float = Field(default=60.0, gt=0, le=3600, description="An answer whose first words take longer is given up.")
+    deadline_s: float = Field(default=300.0, gt=0, le=3600, description="An answer that takes longer is cut off.")
+
+
+class RemoteSettings(Part):
+    """The server that `engine = "openai"` asks: vLLM, SGLang, llama-server, or another that speaks OpenAI's protocol. Its token stands
+    in the environment as DEEPSEEK_ENGINE_TOKEN, or in a file."""
+
+    url: str = Field(default="", description="Where it listens, such as https://gpu.example.org/v1.")
+    model: str = Field(default="", description="The name it serves the model under; empty: the first it lists.")
+    fim: Literal["tokens", "suffix", "infill", "none"] = Field(
+        default="tokens",
+        description="How holes are asked for: DeepSeek's own tokens, the parameter 'suffix', llama-server's /infill, not at all.",
+    )
+    token_file: str = Field(default="", description="A file that only its owner can read, with the token that it wants.")
+    ca_file: str = Field(default="", description="Certificates to trust instead of the system's, as a PEM file.")
+    plain_http: bool = Field(default=False, description="Allow http:// to another machine, where everybody between can read the code.")
+    timeout_s: float = Field(default=60.0, gt=0, le=3600, description="How long it may take to begin an answer.")
+    stall_s: float = Field(default=20.0, gt=0, le=3600, description="How long it may be silent within an answer.")
 
 
 class Settings(Part):
     """All settings of the server."""
 
+    engine: Literal["local", "openai"] = Field(default="local", description="'openai' asks the server of [remote] instead of this machine.")
+
     model: str = Field(default="starter", description="'starter', a checkpoint's folder, or a hub name that was downloaded.")
+    chat_model: str = Field(default="", description="Another checkpoint for actions and chat, loaded when first needed; empty: the same.")
+    chat_idle_s: float = Field(default=900.0, ge=1, description="chat_model is let go when nobody asked it for so long.")
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(default="auto", description="Type of the weights in memory.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
+        default="auto", description="Type of the weights in memory."
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the engine; 0 takes as many as prove fastest.")
     kernels: Literal["auto", "torch"] = Field(default="auto", description="'torch' does without the compiled kernels for CPUs.")
     cache_mb: int = Field(default=1024, ge=16, description="Memory for what was computed of prompts and answers, in MB.")
+    ram_cache_mb: int = Field(default=4096, ge=0, description="Beside a GPU: the computer's memory for what leaves the GPU's, in MB.")
+    disk_cache_mb: int = Field(default=0, ge=0, description="Files that keep opened documents warm over restarts, in MB; 0 writes none.")
+    tests_python: str = Field(default="", description="The Python that tries generated tests, in a sandbox (Linux); empty: none are run.")
     inline: InlineSettings = InlineSettings()
+    actions: ActionSettings = ActionSettings()
+    remote: RemoteSettings = RemoteSettings()
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,6 +172,12 @@ CATALOGUE: tuple[Entry, ...] = (
 RECOMMENDED = CATALOGUE[0]
 
 
+def named(name: str) -> Entry | None:
+    """The entry that `name` means: the hub's, or that without the organisation or "DeepSeek-", in any case."""
+    short = name.lower().removeprefix(f"{ORGANISATION}/").removeprefix("deepseek-")
+    return next((entry for entry in CATALOGUE if entry.name.lower() == f"{ORGANISATION}/deepseek-{short}"), None)
+
+
 def find(folder: Path, config: ModelConfig) -> Entry | None:
     """The entry that `folder` holds: one of its names (below) is the entry's, and config.json has the entry's shape.
 
@@ -219,3 +225,13 @@ def without_infilling(folder: Path) -> str:
     else:
         why = f"The checkpoint {folder} has no fill-in-the-middle tokens"
     return f"{why}, so it cannot complete code between other code: choose {RECOMMENDED.name}, or the embedded 'starter'."
+
+
+def without_conversation(folder: Path) -> str:
+    """Why the checkpoint in `folder` does not converse, and what is done instead."""
+    entry = recognised(folder)
+    name = entry.name if entry is not None else f"The checkpoint {folder}"
+    return (
+        f"{name} never learned to converse, so actions are asked by example and their answers are worse: choose one whose name ends in"
+        " Instruct or Chat for them."
+    )

@@ -106,10 +106,13 @@ def outline(config: ModelConfig) -> Model:
 
 
 def allocate(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives every parameter of an outline its memory, not filled. Those that were one (tied embeddings) stay one."""
+    """Gives every parameter of an outline its memory, not filled. Those that were one (tied embeddings) stay one, and those that have
+    memory keep it."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.is_meta:
+                continue
             if parameter not in made:
                 memory = torch.empty(parameter.shape, dtype=dtype, device=device)
                 made[parameter] = nn.Parameter(memory, requires_grad=False)

@@ -1,9 +1,8 @@
 """What would be loaded and what stands in its way, in words, without reading a weight: for doctor.
 
-Owns: the sentences, and what this machine has free.
+Owns: the sentences.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from model_host import catalogue
 from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
 from model_host.checkpoints import checked_shards, locate
 from model_host.config import ModelConfig
-from model_host.errors import CheckpointError
+from model_host.errors import CheckpointError, EngineError
+from model_host.machine import free_bytes, real_devices
 from model_host.native.library import available_levels
+from model_host.placement import Demand, Impossible, in_words, parse_devices, plan
 from model_host.runner import Kernels, choose
 from model_host.tokenizer import Tokenizer
 
@@ -50,7 +51,11 @@ def inspect(name: str, device: str, dtype: str, kernels: Kernels) -> Inspection:
         trained = f", trained for {entry.context_tokens:,}" if entry.context_tokens < config.max_position_embeddings else ""
         kv_bytes = entry.kv_bytes_per_token(Precision.FLOAT32 if kind == "float32" else Precision.BFLOAT16)
         facts["context"] = f"{config.max_position_embeddings:,} tokens{trained}, {kv_bytes:,} bytes each"
-        if free is not None and needed > free:
+        if form.spread_in_words:
+            facts["plan"] = "\n".join(form.spread_in_words)
+        if form.problem:
+            problems.append(form.problem)
+        elif free is not None and needed > free and not form.shares:
             problems.append(
                 f"{name} needs {needed / 1e9:,.1f} GB for its weights, {where} has {free / 1e9:,.1f} GB free: choose a smaller model"
                 " (deepseek-lsp doctor --models), another device or dtype."
@@ -62,6 +67,30 @@ def inspect(name: str, device: str, dtype: str, kernels: Kernels) -> Inspection:
     except CheckpointError as error:
         problems.append(str(error))
     return Inspection(facts, problems)
+
+
+def placed(name: str, devices: str, dtype: str, context_tokens: int) -> Inspection:
+    """Where `name` would lie on the `devices` described, or on this machine's. Neither needs to be here, nor to be there at all."""
+    facts = {"model": name}
+    try:
+        entry = catalogue.named(name) or described_here(name)
+        found = parse_devices(devices) if devices else real_devices()
+        precision = None if dtype == "auto" else Precision(dtype)
+        context = min(context_tokens, entry.shape.max_position_embeddings)
+        made = plan(Demand(entry=entry, precision=precision, context_tokens=context), found)
+    except EngineError as error:
+        return Inspection(facts, [str(error)])
+    facts["devices"] = ", ".join(f"{device.name} with {device.free_bytes / 1e9:,.1f} GB free" for device in found)
+    words = in_words(made)
+    if isinstance(made, Impossible):
+        return Inspection(facts, [" ".join(words)])
+    return Inspection(facts | {"plan": "\n".join(words)}, [])
+
+
+def described_here(name: str) -> Entry:
+    """The entry of a checkpoint that is on this machine. Raises CheckpointError."""
+    folder = locate(name)
+    return catalogue.described(folder, ModelConfig.read(folder))
 
 
 def known(entry: Entry) -> dict[str, str]:
@@ -92,19 +121,6 @@ def fitting() -> list[tuple[Entry, list[str]]]:
         (entry, [name for name, free in places.items() if free and free >= entry.bytes_with(FIRST_CONTEXT_TOKENS, Precision.BFLOAT16)])
         for entry in CATALOGUE
     ]
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be taken now; of the CPU including what the system would give up of its file cache. None: not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        names = getattr(os, "sysconf_names", {})
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
 
 
 def devices() -> list[str]:

@@ -5,62 +5,33 @@ on shapes alone, so that a captured graph stays right as contexts grow. At most 
 smallest matmul. A decode step is bound by the bytes it reads; every weight and latent is read once a step, as it lies.
 
 Where a matrix is applied to one or two rows, products are summed by plain threads ("few"); for more, by tensor cores ("many").
+Products with packed matrices are in `packed`.
 """
-
-from dataclasses import dataclass, field
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from model_host.gpu import packed
+from model_host.gpu.plain import Matrix
+from model_host.gpu.tiles import DEFAULT, MAX_ROWS, TILE, Tile, Tuning, depth_of, padded, takers
 from model_host.pages import PAGE_TOKENS
+from model_host.quantized import Packed
 
-MAX_ROWS = 16
-TILE: tl.constexpr = tl.constexpr(MAX_ROWS)
-"""Rows or heads of a tile: the least that tl.dot takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a matrix is walked through: `rows` of it by `depth` of its columns at a time."""
-
-    rows: int
-    depth: int
-    warps: int
-    stages: int = 1
+__all__ = ["DEFAULT", "Tile", "Tuning", "add_norm", "attend", "experts", "latent_queries", "linear", "route", "values"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """Sizes that change how fast the kernels are, and nothing else."""
-
-    few_rows: int = 2
-    """Up to so many rows the experts are walked through by choice; above, by expert, so that those chosen twice are read once."""
-    few_up: Tile = field(default=Tile(4, 1024, 4))
-    few_down: Tile = field(default=Tile(4, 2048, 4))
-    many_up: Tile = field(default=Tile(32, 128, 4, 4))
-    many_down: Tile = field(default=Tile(32, 128, 4, 4))
-    linear_rows: int = 1
-    """Up to so many rows `linear` is the kernel here; above, torch's matmul."""
-    linear: Tile = field(default=Tile(4, 1024, 4))
-    attend: Tile = field(default=Tile(64, 0, 8, 2))
-    """`rows` are tokens of context here."""
-    programs: int = 128
-    """How many parts the contexts of a step are split into, all rows together: about one for each multiprocessor."""
-
-
-DEFAULT = Tuning()
-
-
-def linear(x: Tensor, weight: Tensor, tuning: Tuning = DEFAULT) -> Tensor:
+def linear(x: Tensor, weight: Matrix, tuning: Tuning = DEFAULT) -> Tensor:
     """x [T, D] times weight [out, D], transposed -> [T, out]"""
+    if isinstance(weight, Packed):
+        return packed.linear(x, weight, tuning)
     rows, depth = x.shape
     if rows > tuning.linear_rows:
         return torch.nn.functional.linear(x, weight)
     tile, out = tuning.linear, x.new_empty(rows, len(weight))
     grid = (triton.cdiv(len(weight), tile.rows), rows)
-    _linear[grid](x, weight, out, len(weight), D=depth, ROWS=tile.rows, DEPTH=_depth(tile, depth), num_warps=tile.warps)
+    _linear[grid](x, weight, out, len(weight), D=depth, ROWS=tile.rows, DEPTH=depth_of(tile, depth), num_warps=tile.warps)
     return out
 
 
@@ -115,10 +86,10 @@ def latent_queries(
     rows, heads, rank, rope = len(projected), len(kv_b), c_kv.shape[-1], k_pe.shape[-1]
     nope = (projected.shape[-1] - rank - rope) // heads - rope
     q_latent, q_pe = projected.new_empty(rows, heads, rank), projected.new_empty(rows, heads, rope)
-    block = min(64, _padded(rank))
+    block = min(64, padded(rank))
     _latent_queries[(heads + 1, max(triton.cdiv(rank, block), rows))](
         projected, rotation, slots, norm, kv_b, c_kv, k_pe, q_latent, q_pe, rows, eps,
-        H=heads, N=nope, NV=kv_b.shape[1], R=rank, P=rope, WIDTH=projected.shape[-1], BLOCK_N=_padded(nope), BLOCK_R=block,
+        H=heads, N=nope, NV=kv_b.shape[1], R=rank, P=rope, WIDTH=projected.shape[-1], BLOCK_N=padded(nope), BLOCK_R=block,
         WHOLE_R=triton.next_power_of_2(rank), HALF_P=triton.next_power_of_2(rope // 2), num_warps=4,
     )  # fmt: skip
     return q_latent, q_pe
@@ -183,7 +154,7 @@ def attend(
     mass = torch.empty(rows, heads, splits, dtype=torch.float32, device=q_latent.device)
     _attend_part[(splits, rows, triton.cdiv(heads, MAX_ROWS))](
         q_latent, q_pe, c_kv, k_pe, tables, owners, contexts, partial, mass, scale * 1.4426950408889634, tables.stride(0), splits,
-        H=heads, R=rank, P=rope, PAGE=PAGE_TOKENS, BLOCK_R=_padded(rank), BLOCK_P=_padded(rope), TOKENS=tokens,
+        H=heads, R=rank, P=rope, PAGE=PAGE_TOKENS, BLOCK_R=padded(rank), BLOCK_P=padded(rope), TOKENS=tokens,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     mixed, block = torch.empty_like(q_latent), min(triton.next_power_of_2(rank), max(8192 // splits, 16))
@@ -269,7 +240,7 @@ def values(mixed: Tensor, kv_b: Tensor, nope: int) -> Tensor:
     out = mixed.new_empty(rows, heads * size)
     block = 32 if size > MAX_ROWS else MAX_ROWS
     _values[(heads, triton.cdiv(size, block))](
-        mixed, kv_b, out, rows, H=heads, N=nope, V=size, R=rank, BLOCK_V=block, BLOCK_R=min(128, _padded(rank)), num_warps=4
+        mixed, kv_b, out, rows, H=heads, N=nope, V=size, R=rank, BLOCK_V=block, BLOCK_R=min(128, padded(rank)), num_warps=4
     )
     return out
 
@@ -292,14 +263,19 @@ def _values(
     tl.store(into, total.to(out.dtype.element_ty), mask=(t < rows)[:, None] & (v < V)[None, :])
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, scaling: float, always: int) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, weight: Tensor, top_k: int, scaling: float, always: int, groups: int = 1, top_groups: int = 1
+) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
     number = len(weight)
     logits = torch.empty(rows, number, dtype=torch.float32, device=x.device)
     _affinities[(rows, triton.cdiv(number, 4))](x, weight, logits, E=number, D=size, DEPTH=min(2048, triton.next_power_of_2(size)))
     shares = torch.empty(rows, top_k + always, dtype=torch.float32, device=x.device)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
-    _choose[(rows,)](logits, shares, ids, scaling, E=number, K=top_k, ALWAYS=always, BLOCK_E=triton.next_power_of_2(number), num_warps=1)
+    _choose[(rows,)](
+        logits, shares, ids, scaling, E=number, K=top_k, ALWAYS=always, GROUPS=groups, KEPT=top_groups,
+        BLOCK_E=triton.next_power_of_2(number), BLOCK_G=triton.next_power_of_2(groups), num_warps=1,
+    )  # fmt: skip
     return shares, ids
 
 
@@ -317,13 +293,26 @@ def _affinities(x, weight, logits, E: tl.constexpr, D: tl.constexpr, DEPTH: tl.c
 
 
 @triton.jit
-def _choose(logits, shares, ids, scaling, E: tl.constexpr, K: tl.constexpr, ALWAYS: tl.constexpr, BLOCK_E: tl.constexpr):
+def _choose(
+    logits, shares, ids, scaling,
+    E: tl.constexpr, K: tl.constexpr, ALWAYS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     logit = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"))
     share = tl.exp(logit - tl.max(logit, axis=0))
     share = share / tl.sum(share, axis=0)
     share = tl.where(e < E, share, -1.0)  # below what any expert can have: a share may be 0
+    if GROUPS > 1:
+        g, group = tl.arange(0, BLOCK_G), e // (E // GROUPS)
+        best_of = tl.max(tl.where(g[:, None] == group[None, :], share[None, :], -1.0), axis=1)  # [G]
+        kept = tl.zeros((BLOCK_E,), tl.int32)
+        for _ in tl.static_range(KEPT):
+            chosen_group = tl.min(tl.where(best_of == tl.max(best_of, axis=0), g, BLOCK_G), axis=0)
+            kept += (group == chosen_group).to(tl.int32)
+            best_of = tl.where(g == chosen_group, -2.0, best_of)
+        share = tl.where((e < E) & (kept == 0), 0.0, share)
     for k in tl.static_range(K):
         best = tl.max(share, axis=0)
         chosen = tl.min(tl.where(share == best, e, BLOCK_E), axis=0)
@@ -335,12 +324,16 @@ def _choose(logits, shares, ids, scaling, E: tl.constexpr, K: tl.constexpr, ALWA
 
 
 def experts(
-    x: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: tuple[Tensor, Tensor, Tensor] | None, tuning: Tuning = DEFAULT
+    x: Tensor, ids: Tensor, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None, tuning: Tuning = DEFAULT
 ) -> Tensor:
     """The shared experts are computed by the same programs, as experts that every row has chosen. Parts are float32."""
+    if isinstance(gate_up, Packed):
+        return packed.experts(x, ids, gate_up, down, shared, tuning)
+    assert isinstance(down, Tensor)
     rows, size = x.shape
     number, inner_size, chosen = len(gate_up), down.shape[-1], ids.shape[-1]
     gate, up, back = shared or (gate_up, gate_up, down)
+    assert isinstance(back, Tensor)
     always = back.shape[-1] // inner_size if shared else 0
     inner = x.new_empty(rows, chosen + always, inner_size)
     parts = torch.empty(rows, chosen + always, size, dtype=torch.float32, device=x.device)
@@ -348,19 +341,19 @@ def experts(
     if rows <= tuning.few_rows:
         tile = tuning.few_up
         grid = (rows * (chosen + always), triton.cdiv(inner_size, tile.rows))
-        blocks = {"ROWS": tile.rows, "DEPTH": _depth(tile, size), "num_warps": tile.warps}
+        blocks = {"ROWS": tile.rows, "DEPTH": depth_of(tile, size), "num_warps": tile.warps}
         _few_up[grid](x, ids, gate_up, gate, up, inner, **sizes, **blocks)
         tile = tuning.few_down
         grid = (rows * (chosen + always), triton.cdiv(size, tile.rows))
-        blocks = {"ROWS": tile.rows, "DEPTH": _depth(tile, inner_size), "num_warps": tile.warps}
+        blocks = {"ROWS": tile.rows, "DEPTH": depth_of(tile, inner_size), "num_warps": tile.warps}
         _few_down[grid](inner, ids, down, back, parts, **sizes, **blocks)
         return parts
     sizes |= {"E": number, "BLOCK_K": triton.next_power_of_2(chosen)}
     tile = tuning.many_up
-    blocks = {"ROWS": tile.rows, "DEPTH": _depth(tile, size), "num_warps": tile.warps, "num_stages": tile.stages}
+    blocks = {"ROWS": tile.rows, "DEPTH": depth_of(tile, size), "num_warps": tile.warps, "num_stages": tile.stages}
     _many_up[triton.cdiv(inner_size, tile.rows), number + always](x, ids, gate_up, gate, up, inner, rows, **sizes, **blocks)
     tile = tuning.many_down
-    blocks = {"ROWS": tile.rows, "DEPTH": _depth(tile, inner_size), "num_warps": tile.warps, "num_stages": tile.stages}
+    blocks = {"ROWS": tile.rows, "DEPTH": depth_of(tile, inner_size), "num_warps": tile.warps, "num_stages": tile.stages}
     _many_down[triton.cdiv(size, tile.rows), number + always](inner, ids, down, back, parts, rows, **sizes, **blocks)
     return parts
 
@@ -415,17 +408,6 @@ def _few_down(
     tl.store(parts + choice * D + d, tl.sum(total, axis=1), mask=d < D)
 
 
-@triton.jit
-def _takers(ids, expert, rows, E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which rows have chosen `expert`, [T] of 0 and 1, and as which of their choices, [T]."""
-    t, k = tl.arange(0, TILE), tl.arange(0, BLOCK_K)
-    chosen = tl.load(ids + t[:, None] * K + k[None, :], mask=(t < rows)[:, None] & (k < K)[None, :], other=-1)
-    is_it = (chosen == expert).to(tl.int32)
-    takes = tl.where(expert < E, tl.sum(is_it, axis=1), (t < rows).to(tl.int32))
-    which = tl.where(expert < E, tl.sum(is_it * k[None, :], axis=1), K + expert - E)
-    return takes, which
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _many_up(
     x, ids, gate_up, shared_gate, shared_up, inner, rows,
@@ -435,7 +417,7 @@ def _many_up(
     """One program for each expert and part of I; it computes all rows, a tile of which costs what one row costs, and stores those
     that have chosen the expert."""
     expert = tl.program_id(1)
-    takes, which = _takers(ids, expert, rows, E, K, BLOCK_K)
+    takes, which = takers(ids, expert, rows, E, K, BLOCK_K)
     if tl.max(takes, axis=0) > 0:
         if expert < E:
             gate = gate_up + expert.to(tl.int64) * (2 * I * D)
@@ -464,7 +446,7 @@ def _many_down(
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
-    takes, which = _takers(ids, expert, rows, E, K, BLOCK_K)
+    takes, which = takers(ids, expert, rows, E, K, BLOCK_K)
     if tl.max(takes, axis=0) > 0:
         if expert < E:
             matrix = down + expert.to(tl.int64) * (D * I)
@@ -481,12 +463,3 @@ def _many_down(
             w = tl.load(matrix + d[:, None] * stride + i[None, :], mask=live, other=0.0)
             total = tl.dot(some, tl.trans(w), total, input_precision="ieee")
         tl.store(parts + part[:, None] * D + d[None, :], total, mask=(takes > 0)[:, None] & (d < D)[None, :])
-
-
-def _padded(size: int) -> int:
-    """The least tile of tl.dot that holds `size`."""
-    return max(MAX_ROWS, 1 << (size - 1).bit_length())
-
-
-def _depth(tile: Tile, size: int) -> int:
-    return min(tile.depth, _padded(size))

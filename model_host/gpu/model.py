@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_host.batch import Step
+from model_host.experts import SpreadLayer
 from model_host.latents import LatentPool, Layout
-from model_host.models.deepseek_v2 import MLP, Attention, Block, Gate, Model, MoE
+from model_host.models.deepseek_v2 import MLP, Attention, Block, Model, MoE
 from model_host.pages import PAGE_TOKENS, pages_for
+from model_host.quantized import Packed, PackedLinear
 
 GRAPH_ROWS = (1, 2, 4, 8, 16)
 MAX_ROWS = GRAPH_ROWS[-1]
@@ -181,8 +183,8 @@ class GpuModel:
         """x [T, D] -> [T, D]; writes the rows' latents into the pool."""
         do, count = self._do, len(x)
         if attention.q_is_low_rank:
-            q = do.linear(attention.q_a_layernorm(do.linear(x, attention.q_a_proj.weight)), attention.q_b_proj.weight)
-            projected = torch.cat((q, do.linear(x, attention.kv_a_proj_with_mqa.weight)), dim=-1)
+            q = do.linear(attention.q_a_layernorm(do.linear(x, matrix(attention.q_a_proj))), matrix(attention.q_b_proj))
+            projected = torch.cat((q, do.linear(x, matrix(attention.kv_a_proj_with_mqa))), dim=-1)
         else:
             projected = do.linear(x, self._input_weights[layer])
         kv_b = attention.kv_b_proj.weight.view(attention.heads, -1, attention.kv_rank)  # [H, N+V, R]
@@ -190,37 +192,49 @@ class GpuModel:
         norm = attention.kv_a_layernorm
         queries = do.latent_queries(projected, rotation, rows.slots[:count], norm.weight, norm.eps, kv_b, c_kv, k_pe)
         mixed = do.attend(*queries, c_kv, k_pe, rows.tables, rows.owners[:count], contexts, attention.scale)
-        return do.linear(do.values(mixed, kv_b, attention.nope_dim), attention.o_proj.weight)
+        return do.linear(do.values(mixed, kv_b, attention.nope_dim), matrix(attention.o_proj))
 
     def _mlp(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [T, D] -> parts [T, M, D] and their shares [T, M], or None where they are simply added."""
         mlp, do = block.mlp, self._do
         if isinstance(mlp, MLP):
-            inner = F.silu(do.linear(x, mlp.gate_proj.weight)) * do.linear(x, mlp.up_proj.weight)
-            return do.linear(inner, mlp.down_proj.weight).unsqueeze(1), None
+            inner = F.silu(do.linear(x, matrix(mlp.gate_proj))) * do.linear(x, matrix(mlp.up_proj))
+            return do.linear(inner, matrix(mlp.down_proj)).unsqueeze(1), None
         assert isinstance(mlp, MoE)
+        gate_up: Tensor | Packed
+        down: Tensor | Packed
+        if isinstance(mlp.experts, SpreadLayer):
+            gate_up, down = (stack.matrices for stack in mlp.experts.stacks)
+        else:
+            gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
         seen_by_all, shared = 0, None
         if mlp.shared_experts is not None:
             every = mlp.shared_experts
-            shared = (every.gate_proj.weight, every.up_proj.weight, every.down_proj.weight)
-            seen_by_all = every.down_proj.in_features // mlp.experts.down_proj.shape[-1]
-        shares, ids = self._routed(mlp.gate, x, seen_by_all)
-        return do.experts(x, ids, mlp.experts.gate_up_proj, mlp.experts.down_proj, shared), shares
-
-    def _routed(self, gate: Gate, x: Tensor, seen_by_all: int) -> tuple[Tensor, Tensor]:
-        if gate.groups == 1:
-            return self._do.route(x, gate.weight, gate.top_k, gate.scaling, seen_by_all)
-        shares, ids = gate(x)  # the choice within groups is left to torch: some more launches, no wait
-        return F.pad(shares, (0, seen_by_all), value=1.0), ids.int()
+            shared = (matrix(every.gate_proj), matrix(every.up_proj), matrix(every.down_proj))
+            seen_by_all = 1 if isinstance(down, Packed) else every.down_proj.in_features // down.shape[-1]
+        gate = mlp.gate
+        shares, ids = do.route(x, gate.weight, gate.top_k, gate.scaling, seen_by_all, gate.groups, gate.top_groups)
+        return do.experts(x, ids, gate_up, down, shared), shares
 
 
-def _joined(attention: Attention) -> Tensor:
+def matrix(layer: nn.Module) -> Tensor | Packed:
+    """What a linear layer multiplies with, plain or packed."""
+    if isinstance(layer, PackedLinear):
+        return layer.matrix
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
+
+
+def _joined(attention: Attention) -> Tensor | Packed:
     """The weights of the queries' and the latents' projections as one matrix [H*(N+P) + R+P, D], of which theirs become parts."""
     if attention.q_is_low_rank:
-        return attention.kv_a_proj_with_mqa.weight
-    projections = (attention.q_proj, attention.kv_a_proj_with_mqa)
+        return matrix(attention.kv_a_proj_with_mqa)
+    projections: tuple[nn.Module, ...] = (attention.q_proj, attention.kv_a_proj_with_mqa)
+    joined: dict[str, Tensor] = {}
     with torch.no_grad():
-        joined = torch.cat([projection.weight for projection in projections])
-        for projection, part in zip(projections, joined.split([len(p.weight) for p in projections]), strict=True):
-            projection.weight.data = part
-    return joined
+        for name, _ in projections[0].named_parameters():
+            own = [projection.get_parameter(name) for projection in projections]
+            joined[name] = torch.cat([parameter.data for parameter in own])
+            for parameter, part in zip(own, joined[name].split([len(parameter) for parameter in own]), strict=True):
+                parameter.data = part
+    return joined["weight"] if "weight" in joined else Packed(joined["codes"], joined["scales"], attention.q_proj.in_features)

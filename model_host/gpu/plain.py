@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_host.models.deepseek_v2 import rotate
 from model_host.pages import PAGE_TOKENS
+from model_host.quantized import Packed
+from model_host.rotation import rotate
+
+Matrix = Tensor | Packed
 
 
 def add_norm(x: Tensor, parts: Tensor, shares: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -60,26 +63,42 @@ def values(mixed: Tensor, kv_b: Tensor, nope: int) -> Tensor:
     return (mixed.transpose(0, 1) @ kv_b[:, nope:].transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, scaling: float, always: int) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, weight: Tensor, top_k: int, scaling: float, always: int, groups: int = 1, top_groups: int = 1
+) -> tuple[Tensor, Tensor]:
     """The K experts of highest softmax affinity (section 2.2.1) of x [T, D], weight [E, D]: their shares [T, K + always], the
-    last `always` of them 1 for the experts that every token sees, and their ids [T, K]."""
-    shares, experts = F.linear(x.float(), weight.float()).softmax(dim=-1).topk(top_k, dim=-1)
+    last `always` of them 1 for the experts that every token sees, and their ids [T, K]. Of several groups only the `top_groups`
+    whose best expert is best are chosen from (section 2.2.2)."""
+    shares = F.linear(x.float(), weight.float()).softmax(dim=-1).unflatten(-1, (groups, -1))  # [T, G, E/G]
+    best = shares.amax(dim=-1).topk(top_groups, dim=-1).indices
+    kept = torch.zeros(shares.shape[:-1], dtype=torch.bool, device=x.device).scatter_(-1, best, True)
+    shares, experts = shares.masked_fill(~kept.unsqueeze(-1), 0.0).flatten(-2).topk(top_k, dim=-1)
     return F.pad(shares * scaling, (0, always), value=1.0), experts.int()
 
 
-def experts(x: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+def experts(x: Tensor, ids: Tensor, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None) -> Tensor:
     """What each chosen expert makes of x [T, D], not yet weighed: [T, M, D]. ids [T, K] choose among gate_up [E, 2I, D] and
-    down [E, D, I]; `shared` are the gate [S*I, D], up [S*I, D] and down [D, S*I] of the S experts that every token sees."""
+    down [E, D, I]; `shared` are the gate [S*I, D], up [S*I, D] and down [D, S*I] of the S experts that every token sees.
+    Where all of them are packed, these S are one part: a group of columns of their down projection may belong to two of them."""
+    if isinstance(gate_up, Packed):
+        assert isinstance(down, Packed)
+        routed = experts(x, ids, gate_up.unpacked(x.dtype), down.unpacked(x.dtype), None)
+        if shared is None:
+            return routed
+        gate_of_all, up_of_all, down_of_all = shared
+        inner = F.silu(linear(x, gate_of_all)) * linear(x, up_of_all)
+        return torch.cat((routed, linear(inner, down_of_all).unsqueeze(1)), dim=1)
+    assert isinstance(down, Tensor)
     gate, up = (gate_up[ids] @ x[:, None, :, None]).squeeze(-1).chunk(2, dim=-1)  # [T, K, I] each
     parts = (down[ids] @ (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)  # [T, K, D]
     if shared is None:
         return parts
-    gate, up, back = shared
+    gate, up, back = (matrix for matrix in shared if isinstance(matrix, Tensor))
     inner = (F.silu(x @ gate.T) * (x @ up.T)).unflatten(-1, (-1, down.shape[-1]))  # [T, S, I]
     backs = back.unflatten(-1, (-1, down.shape[-1])).permute(1, 2, 0)  # [S, I, D]
     return torch.cat((parts, (inner.transpose(0, 1) @ backs).transpose(0, 1)), dim=1)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [T, D] times weight [out, D], transposed -> [T, out]"""
-    return F.linear(x, weight)
+    return F.linear(x, weight.unpacked(x.dtype) if isinstance(weight, Packed) else weight)

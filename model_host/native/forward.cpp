@@ -206,6 +206,53 @@ void tile(const void* a_start, size_t a_stride, const void* w_start, int steps, 
         }
 }
 
+// int4 weights: of each group of 64 columns first the 32 outputs' scales (bf16), then two weights a byte, the first of a pair in the
+// low bits, 8 more than they are. Sums are exact integers within a group and float32 between groups.
+constexpr int GROUP_STEPS = 32, GROUP_BYTES = BLOCK * 2 + GROUP_STEPS * BLOCK;
+
+inline ByteFormat::Decoded unpacked(const uint8_t* pairs) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    __m512i wide = _mm512_cvtepu8_epi32(load<__m128i>(pairs));
+    wide = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), _mm512_set1_epi32(0x000f000f));
+    return _mm512_sub_epi16(wide, _mm512_set1_epi16(8));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pairs)));
+    wide = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi32(wide, 12)), _mm256_set1_epi32(0x000f000f));
+    return _mm256_sub_epi16(wide, _mm256_set1_epi16(8));
+#else
+    ByteFormat::Decoded d;
+    for (int lane = 0; lane < LANES; lane++) d.even[lane] = (pairs[lane] & 15) - 8, d.odd[lane] = (pairs[lane] >> 4) - 8;
+    return d;
+#endif
+}
+
+// As `tile`, for int4 weights.
+template <int ROWS>
+void nibble_tile(const void* a_start, size_t a_stride, const void* w_start, int steps, float* c) {
+    auto a = static_cast<const int16_t*>(a_start);
+    auto w = static_cast<const uint8_t*>(w_start);
+    Floats total[ROWS][PARTS] = {};
+    for (int begin = 0; begin < steps; begin += GROUP_STEPS, w += GROUP_BYTES) {
+        Ints sum[ROWS][PARTS] = {};
+        for (int s = begin; s < std::min(steps, begin + GROUP_STEPS); s++) {
+            ByteFormat::Decoded decoded[PARTS];
+#pragma GCC unroll 8
+            for (int p = 0; p < PARTS; p++) decoded[p] = unpacked(w + BLOCK * 2 + (s - begin) * BLOCK + p * LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+                for (int p = 0; p < PARTS; p++) sum[r][p] = ByteFormat::add(sum[r][p], decoded[p], a + r * a_stride + size_t(s) * 2);
+        }
+        for (int p = 0; p < PARTS; p++) {
+            Words scale;
+            for (int lane = 0; lane < LANES; lane++) scale[lane] = uint32_t(load<bf16>(w + (p * LANES + lane) * 2)) << 16;
+            for (int r = 0; r < ROWS; r++) total[r][p] += __builtin_convertvector(sum[r][p], Floats) * bits<Floats>(scale);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PARTS; p++) std::memcpy(c + r * BLOCK + p * LANES, &total[r][p], sizeof(Floats));
+}
+
 using Tile = void (*)(const void*, size_t, const void*, int, float*);
 using Tiles = std::array<Tile, TILE_ROWS>;
 
@@ -213,6 +260,11 @@ template <class Format, size_t... ROWS>
 constexpr Tiles tiles_of(std::index_sequence<ROWS...>) {
     return {tile<Format, int(ROWS) + 1>...};
 }
+template <size_t... ROWS>
+constexpr Tiles nibble_tiles_of(std::index_sequence<ROWS...>) {
+    return {nibble_tile<int(ROWS) + 1>...};
+}
+constexpr Tiles NIBBLE_TILES = nibble_tiles_of(std::make_index_sequence<TILE_ROWS>());
 template <class Format>
 constexpr Tiles TILES = tiles_of<Format>(std::make_index_sequence<TILE_ROWS>());
 
@@ -252,7 +304,7 @@ class Buffer {
     T* get() const { return start; }
 };
 
-enum class Kind : int { f32 = 0, bf16 = 1, i8 = 2 };  // of weights
+enum class Kind : int { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };  // of weights
 enum class Form : int { f32 = 0, bf16 = 1, i16 = 2 };  // of activations
 
 inline size_t size_of(Form form) { return form == Form::f32 ? 4 : 2; }
@@ -261,7 +313,7 @@ inline size_t size_of(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::
 
 // Activations are rounded to bf16 only where that buys speed: with many rows, on a processor that multiplies bf16.
 inline Form form_for(Kind kind, int rows) {
-    if (kind == Kind::i8) return Form::i16;
+    if (kind == Kind::i8 || kind == Kind::i4) return Form::i16;
     return kind == Kind::bf16 && rows > 1 && HAS_BF16 ? Form::bf16 : Form::f32;
 }
 
@@ -280,7 +332,10 @@ struct Panels {
     int steps = 0;  // of the inner dimension
     const void* data = nullptr;
     const float* scale = nullptr;  // of each output, when int8
-    size_t block_bytes() const { return size_t(steps) * BLOCK * step_of(kind) * size_of(kind); }
+    size_t block_bytes() const {
+        if (kind == Kind::i4) return size_t(ceil_div(steps, GROUP_STEPS)) * GROUP_BYTES;
+        return size_t(steps) * BLOCK * step_of(kind) * size_of(kind);
+    }
     const void* at(size_t block) const { return static_cast<const char*>(data) + block * block_bytes(); }
 };
 
@@ -290,6 +345,7 @@ inline void multiply(const Panels& w, size_t block, const Rows& a, int64_t first
     if (count <= 0) return;
     const Tiles& tiles = w.kind == Kind::f32    ? TILES<FloatFormat>
                          : w.kind == Kind::i8   ? TILES<ByteFormat>
+                         : w.kind == Kind::i4   ? NIBBLE_TILES
                          : a.form == Form::bf16 ? TILES<Bf16Format>
                                                 : TILES<Bf16TimesFloat>;
     alignas(64) float c[TILE_ROWS * BLOCK];
@@ -303,6 +359,8 @@ inline void multiply(const Panels& w, size_t block, const Rows& a, int64_t first
                 const float* scale = w.scale + block * BLOCK;
                 float row_scale = a.scale[row + r];
                 for (int i = 0; i < BLOCK; i++) values[i] *= scale[i] * row_scale;
+            } else if (w.kind == Kind::i4) {
+                for (int i = 0; i < BLOCK; i++) values[i] *= a.scale[row + r];
             }
             use(row + r, values);
         }
@@ -327,6 +385,7 @@ struct Matrix : Panels {
     // Puts row `row`, `cols` numbers that lie `stride` apart, into lane `lane` of `block`.
     template <class T>
     void pack_row(const T* row, int64_t stride, int64_t block, int lane) {
+        if (kind == Kind::i4) return pack_nibbles(row, stride, block, lane);
         int step = step_of(kind);
         size_t start = size_t(block) * steps * BLOCK * step + lane * step;
         auto slot = [&](int64_t col) { return start + size_t(col / step) * BLOCK * step + col % step; };
@@ -343,6 +402,34 @@ struct Matrix : Panels {
             auto out = reinterpret_cast<int8_t*>(memory.get());
             for (int64_t col = 0; col < cols; col++) out[slot(col)] = int8_t(std::lrint(to_float(row[col * stride]) * to_byte));
             scales.get()[block * BLOCK + lane] = largest / 127;
+        }
+    }
+
+    // As experts.py does it: of some scales a group, that with the least squared error.
+    template <class T>
+    void pack_nibbles(const T* row, int64_t stride, int64_t block, int lane) {
+        auto group = reinterpret_cast<uint8_t*>(memory.get()) + block * block_bytes();
+        for (int64_t begin = 0; begin < cols; begin += 2 * GROUP_STEPS, group += GROUP_BYTES) {
+            float values[2 * GROUP_STEPS] = {}, codes[2 * GROUP_STEPS], best[2 * GROUP_STEPS] = {};
+            int64_t count = std::min<int64_t>(2 * GROUP_STEPS, cols - begin);
+            for (int64_t i = 0; i < count; i++) values[i] = to_float(row[(begin + i) * stride]);
+            float extreme = 0, least = -1;
+            for (float value : values)
+                if (std::fabs(value) > std::fabs(extreme)) extreme = value;
+            bf16 scale = 0;
+            for (float share : {1.0f, 0.92f, 0.84f, 0.76f}) {
+                bf16 tried = to_bf16(extreme * share / -8);
+                float step = to_float(tried), inverse = step != 0 ? 1 / step : 0, error = 0;
+                for (int i = 0; i < 2 * GROUP_STEPS; i++) {
+                    codes[i] = std::min(std::max(std::nearbyint(values[i] * inverse), -8.0f), 7.0f);
+                    float off = codes[i] * step - values[i];
+                    error += off * off;
+                }
+                if (least < 0 || error < least) least = error, scale = tried, std::memcpy(best, codes, sizeof best);
+            }
+            std::memcpy(group + lane * 2, &scale, 2);
+            for (int i = 0; i < GROUP_STEPS; i++)
+                group[BLOCK * 2 + i * BLOCK + lane] = uint8_t(int(best[2 * i]) + 8) | uint8_t((int(best[2 * i + 1]) + 8) << 4);
         }
     }
 };
@@ -566,8 +653,8 @@ struct Model {
         }
         auto out = reinterpret_cast<uint16_t*>(memory.data.at_least(count * stride * 2));
         float* scale = memory.scale.at_least(count);
-        // The largest int16 for which a sum over all columns cannot leave int32.
-        float limit = float(std::min<int64_t>(32767, INT32_MAX / (127 * (cols + 1))));
+        // The largest int16 for which a sum over all columns cannot leave int32; int4 weights are summed in groups.
+        float limit = kind == Kind::i4 ? 32767 : float(std::min<int64_t>(32767, INT32_MAX / (127 * (cols + 1))));
         auto convert = [&](int64_t r) {
             const float* from = rows + r * stride;
             uint16_t* to = out + r * stride;
@@ -1186,24 +1273,12 @@ struct Model {
                   shared_stride, every);
         });
 
-        const int64_t inner_cols = config.expert_inner, inner_stride = round_up(inner_cols, BLOCK);
-        float* inner = nullptr;
+        Rows b, c;
         if (routed) {
             choose(affinity, affinity_stride, rows);
-            inner = inner_.at_least(rows * K * inner_stride);
-            Rows gathered = gather(a, rows, D);
-            Split each = split(layer.experts[active[0]].gate_up, rows);
-            team.run(int64_t(active.size()) * each.by_blocks, [&](int64_t task, int) {
-                int32_t e = active[task / each.by_blocks];
-                int64_t block = task % each.by_blocks * each.blocks_each;
-                gated(layer.experts[e].gate_up, block, block + each.blocks_each, gathered, rows == 1 ? 0 : start[e], start[e], start[e + 1] - start[e],
-                      inner, inner_stride, [&](int64_t row) { return choices[sorted[row]].weight; });
-            });
+            c = inner_of_experts(layer, a, rows);
         }
-
-        Rows b, c;
         if (shared) b = formed(a_, kind, shared_inner, rows, shared_cols, shared_stride, rows);
-        if (routed) c = formed(b_, kind, inner, rows * K, inner_cols, inner_stride, rows);
         float* x = x_.get();
         auto onto = [&](int64_t row, int64_t block, const float* values) {
             float* to = x + row * x_stride + block * BLOCK;
@@ -1222,32 +1297,79 @@ struct Model {
         });
     }
 
+    // What the active experts pass on to their last matrix, [choices, I], in the order of `sorted`.
+    Rows inner_of_experts(const Layer& layer, const Rows& a, int64_t rows) {
+        const int64_t inner_cols = config.expert_inner, inner_stride = round_up(inner_cols, BLOCK), count = start[config.experts];
+        float* inner = inner_.at_least(count * inner_stride);
+        Rows gathered = gather(a, rows, config.hidden);
+        Split each = split(layer.experts[active[0]].gate_up, rows);
+        team.run(int64_t(active.size()) * each.by_blocks, [&](int64_t task, int) {
+            int32_t e = active[task / each.by_blocks];
+            int64_t block = task % each.by_blocks * each.blocks_each;
+            gated(layer.experts[e].gate_up, block, block + each.blocks_each, gathered, rows == 1 ? 0 : start[e], start[e], start[e + 1] - start[e],
+                  inner, inner_stride, [&](int64_t row) { return choices[sorted[row]].weight; });
+        });
+        return formed(b_, kind(), inner, count, inner_cols, inner_stride, rows);
+    }
+
+    // The sum of a layer's experts for rows x [rows, D] that were routed elsewhere: out [rows, D]. A choice of -1 is somebody else's.
+    void experts_of(int64_t at, const float* x, int64_t rows, const int32_t* ids, const float* weights, float* out) {
+        const Layer& layer = layers[at];
+        const int64_t D = config.hidden, stride = round_up(D, BLOCK), K = config.top_k;
+        std::memset(out, 0, rows * D * sizeof(float));
+        choices.resize(rows * K);
+        for (int64_t i = 0; i < rows * K; i++) choices[i] = {ids[i], weights[i]};
+        sort_choices(rows);
+        if (active.empty()) return;
+        float* own = normed_.at_least(rows * stride);
+        for (int64_t row = 0; row < rows; row++) std::memcpy(own + row * stride, x + row * D, D * sizeof(float));
+        Rows c = inner_of_experts(layer, formed(a_, kind(), own, rows, D, stride, rows), rows);
+        const Split by_output = split(layer.experts[active[0]].down, 1);
+        team.run(by_output.by_blocks, [&](int64_t task, int) {
+            for (int64_t block = task * by_output.blocks_each; block < std::min(stride / BLOCK, (task + 1) * by_output.blocks_each); block++)
+                for (int32_t e : active)
+                    multiply(layer.experts[e].down, block, c, start[e], start[e + 1] - start[e], [&](int64_t row, const float* values) {
+                        float* to = out + sorted[row] / K * D + block * BLOCK;
+                        for (int64_t i = 0; i < std::min<int64_t>(BLOCK, D - block * BLOCK); i++) to[i] += values[i];
+                    });
+        });
+    }
+
     // Routes all rows, then sorts the choices by expert.
     void choose(const float* affinity, int64_t stride, int64_t rows) {
         const int64_t K = config.top_k;
-        choices.resize(rows * K), sorted.resize(rows * K);
+        choices.resize(rows * K);
         team.run(ceil_div(rows, 16), [&](int64_t task, int) {
             for (int64_t row = task * 16; row < std::min(rows, (task + 1) * 16); row++) route(affinity + row * stride, &choices[row * K]);
         });
+        sort_choices(rows);
+    }
+
+    void sort_choices(int64_t rows) {
+        const int64_t K = config.top_k;
         start.assign(config.experts + 1, 0);
         active.clear();
-        for (const Choice& choice : choices) start[choice.expert + 1]++;
+        for (const Choice& choice : choices)
+            if (choice.expert >= 0) start[choice.expert + 1]++;
         for (int e = 0; e < config.experts; e++) {
             if (start[e + 1]) active.push_back(e);
             start[e + 1] += start[e];
         }
         std::vector<int32_t> next(start.begin(), start.end() - 1);
-        for (int64_t i = 0; i < rows * K; i++) sorted[next[choices[i].expert]++] = int32_t(i);
+        sorted.resize(start[config.experts]);
+        for (int64_t i = 0; i < rows * K; i++)
+            if (choices[i].expert >= 0) sorted[next[choices[i].expert]++] = int32_t(i);
     }
 
     // The rows of `a` in the order of `sorted`; a single row is left where it is, all its experts read it there.
     Rows gather(const Rows& a, int64_t rows, int64_t cols) {
         if (rows == 1) return a;
         const int64_t K = config.top_k, bytes = round_up(cols, 2) * int64_t(size_of(a.form)), stride = int64_t(a.stride * size_of(a.form));
-        char* to = sorted_.at_least(rows * K * stride);
-        float* scale = sorted_scale_.at_least(rows * K);
-        team.run(ceil_div(rows * K, 64), [&](int64_t task, int) {
-            for (int64_t i = task * 64; i < std::min(rows * K, (task + 1) * 64); i++) {
+        const int64_t count = int64_t(sorted.size());
+        char* to = sorted_.at_least(count * stride);
+        float* scale = sorted_scale_.at_least(count);
+        team.run(ceil_div(count, 64), [&](int64_t task, int) {
+            for (int64_t i = task * 64; i < std::min(count, (task + 1) * 64); i++) {
                 std::memcpy(to + i * stride, a.at(sorted[i] / K), bytes);
                 if (a.scale) scale[i] = a.scale[sorted[i] / K];
             }
@@ -1356,6 +1478,7 @@ struct Model {
             });
         };
         const Kind fine = kind() == Kind::f32 ? Kind::f32 : Kind::bf16;  // for the small matrices that int8 would cost most
+        const Kind dear = kind() == Kind::i4 ? Kind::i8 : kind();              // for those that every token is multiplied with
         switch (slot) {
             case EMBEDDING: {
                 int64_t size = wide_embedding() ? 4 : 2;
@@ -1369,16 +1492,16 @@ struct Model {
                 weight_bytes += rows * cols * size;
                 return;
             }
-            case HEAD: return matrix(head, kind());
+            case HEAD: return matrix(head, dear);
             case FINAL_NORM: return vector(final_norm);
             case INPUT_NORM: return vector(layer->input_norm);
             case Q_NORM: return vector(layer->q_norm);
             case LATENT_NORM: return vector(layer->latent_norm);
             case POST_NORM: return vector(layer->post_norm);
-            case Q: return matrix(layer->q, kind());
-            case Q_B: return matrix(layer->q_b, kind());
-            case KV_A: return matrix(layer->kv_a, kind());
-            case O: return matrix(layer->o, kind());
+            case Q: return matrix(layer->q, dear);
+            case Q_B: return matrix(layer->q_b, dear);
+            case KV_A: return matrix(layer->kv_a, dear);
+            case O: return matrix(layer->o, dear);
             case GATE: return matrix(layer->gate, Kind::f32);
             case KEY_UP: return matrix(layer->key_up[index], fine);
             case KEY_ABSORB: return matrix(layer->key_absorb[index], fine);
@@ -1454,6 +1577,21 @@ int native_forward(void* model, const Pool* pool, const Sequence* sequences, int
     try {
         m.team.begin();
         m.forward(*pool, sequences, count, ids, wanted, n_wanted, logits);
+        m.team.end();
+        return 0;
+    } catch (const std::exception&) {
+        m.team.end();
+        return 1;
+    }
+}
+
+// Sums the experts that are here over rows x [rows, D], choices ids and weights [rows, K] of `layer`, into out [rows, D]; returns 0, or 1
+// when there is no memory for it. An id of -1 is left out.
+int native_experts(void* model, int layer, const float* x, int64_t rows, const int32_t* ids, const float* weights, float* out) {
+    auto& m = *static_cast<Model*>(model);
+    try {
+        m.team.begin();
+        m.experts_of(layer, x, rows, ids, weights, out);
         m.team.end();
         return 0;
     } catch (const std::exception&) {

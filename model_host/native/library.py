@@ -98,4 +98,5 @@ def load(level: str) -> ctypes.CDLL:
     native.native_forward.argtypes = [
         c_void_p, POINTER(Pool), POINTER(Sequence), c_int64, POINTER(c_int32), POINTER(c_int32), c_int64, c_void_p,
     ]  # fmt: skip
+    native.native_experts.argtypes = [c_void_p, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
     return native

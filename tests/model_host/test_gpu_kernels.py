@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from model_host.batch import Span, Step
+from model_host.checkpoints import destinations_in
 from model_host.config import ModelConfig
+from model_host.experts import Spread, TorchExperts, sinks
 from model_host.gpu import plain
 from model_host.gpu.model import MAX_ROWS, GpuModel
+from model_host.holders import empty_dense
 from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import Model
 from model_host.pages import PAGE_TOKENS, pages_for
+from model_host.quantized import Bits, Packed, PackedLinear, pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES: dict[str, Any] = {
@@ -160,6 +164,14 @@ def test_route(kernels: ModuleType, always: int):
     assert torch.equal(ids, wanted_ids)
 
 
+def test_route_within_the_best_groups(kernels: ModuleType):
+    x, weight = drawn(5, 50), drawn(12, 50, seed=1)
+    shares, ids = kernels.route(x, weight, 3, 2.0, 1, 4, 2)
+    wanted_shares, wanted_ids = plain.route(x, weight, 3, 2.0, 1, 4, 2)
+    close(shares, wanted_shares)
+    assert torch.equal(ids, wanted_ids)
+
+
 def test_an_expert_is_chosen_once_even_when_all_others_have_no_share(kernels: ModuleType):
     x = torch.full((1, 16), 100.0, device=DEVICE)
     weight = torch.linspace(-1, 1, 11, device=DEVICE)[:, None].expand(11, 16).contiguous()
@@ -182,6 +194,53 @@ def test_experts(kernels: ModuleType, rows: int, few_rows: int, shared: int, hid
     tuning = kernels.Tuning(few_rows=few_rows, few_up=tile, few_down=tile, many_up=tile, many_down=tile)
     wanted = plain.experts(x, ids, gate_up, down, seen)
     torch.testing.assert_close(kernels.experts(x, ids, gate_up, down, seen, tuning), wanted, atol=1e-2, rtol=1e-4)
+
+
+def packed(bits: Bits, *shape: int, seed: int) -> Packed:
+    """Random matrices [..., rows, columns] in fewer bits."""
+    codes, scales = pack(drawn(*shape, seed=seed).flatten(0, -2), bits)
+    return Packed(codes.unflatten(0, shape[:-1]), scales.unflatten(0, shape[:-1]), shape[-1])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "packed_rows"), [(3, 0), (3, MAX_ROWS)])
+@pytest.mark.parametrize("columns", [256, 150, 31])
+def test_linear_of_packed_weights(kernels: ModuleType, bits: Bits, rows: int, packed_rows: int, columns: int):
+    x, weight = drawn(rows, columns), packed(bits, 37, columns, seed=1)
+    tile = kernels.Tile(16, 128, 4, 2)
+    tuning = kernels.Tuning(packed_rows=packed_rows, few8=tile, few4=tile, many8=tile, many4=tile)
+    close(kernels.linear(x, weight, tuning), plain.linear(x, weight))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize(("rows", "packed_rows"), [(3, 16), (3, 0)])
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 64), (50, 21)])
+def test_experts_of_packed_weights(kernels: ModuleType, bits: Bits, rows: int, packed_rows: int, shared: int, hidden: int, inner: int):
+    number, chosen = 9, 3
+    x, gate_up, down = drawn(rows, hidden), packed(bits, number, 2 * inner, hidden, seed=1), packed(bits, number, hidden, inner, seed=2)
+    ids = torch.rand(rows, number, generator=torch.Generator().manual_seed(5)).topk(chosen).indices.int().to(DEVICE)
+    seen = None
+    if shared:
+        wide = shared * inner
+        seen = packed(bits, wide, hidden, seed=3), packed(bits, wide, hidden, seed=4), packed(bits, hidden, wide, seed=5)
+    tile = kernels.Tile(16, 64, 4, 2)
+    tuning = kernels.Tuning(packed_rows=packed_rows, few8=tile, few4=tile, many8=tile, many4=tile)
+    wanted = plain.experts(x, ids, gate_up, down, seen)
+    assert off(kernels.experts(x, ids, gate_up, down, seen, tuning), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_in_bfloat16(kernels: ModuleType, bits: Bits):
+    x, weight = drawn(2, 192).bfloat16(), packed(bits, 40, 192, seed=1)
+    assert off(kernels.linear(x, weight), plain.linear(x.float(), weight)) < 0.03
+    gate_up, down = packed(bits, 5, 64, 192, seed=2), packed(bits, 5, 192, 32, seed=3)
+    ids = torch.tensor([[0, 2], [2, 4]], dtype=torch.int32, device=DEVICE)
+    assert off(kernels.experts(x, ids, gate_up, down, None), plain.experts(x.float(), ids, gate_up, down, None)) < 0.03
+    if DEVICE.type == "cuda":  # Triton's interpreter multiplies the bits of bfloat16 matrices as integers
+        many = kernels.Tuning(packed_rows=0)
+        assert off(kernels.linear(x, weight, many), plain.linear(x.float(), weight)) < 0.03
+        assert off(kernels.experts(x, ids, gate_up, down, None, many), plain.experts(x.float(), ids, gate_up, down, None)) < 0.03
 
 
 def test_bfloat16(kernels: ModuleType):
@@ -273,6 +332,37 @@ def test_steps_over_static_buffers_give_what_the_plain_model_gives(changes: dict
 def test_steps_of_kernels_give_what_the_plain_model_gives(kernels: ModuleType, changes: dict[str, Any]):
     few_parts = partial(kernels.attend, tuning=kernels.Tuning(programs=8))
     same_logits(model(**changes, num_hidden_layers=2), SimpleNamespace(**vars(kernels) | {"attend": few_parts}))
+
+
+def packed_model(bits: Bits, **changes: Any) -> Model:
+    """With experts and linear layers as a loaded model in fewer bits has them."""
+    plainly = model(**changes)
+    config, how = plainly.config, {"precision": f"int{bits}", "dtype": torch.float32, "device": DEVICE}
+    held = TorchExperts(config, range(config.n_routed_experts or 0), **how)
+    built = empty_dense(config, Spread([held]), **how)
+    experts, places = dict(sinks(held, config)), dict(destinations_in(built))
+    linear = {f"model.{name}.weight": module for name, module in built.named_modules() if isinstance(module, PackedLinear)}
+    for name, weight in destinations_in(plainly):
+        if name in experts:
+            held.put(*experts[name], weight)
+        elif name in linear:
+            linear[name].put(weight)
+        else:
+            places[name].data.copy_(weight)
+    return built.eval()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("changes", [{}, ODD, GROUPED, {"n_shared_experts": None}], ids=["usual", "odd", "groups", "no shared experts"])
+def test_steps_of_packed_weights_give_what_the_plain_model_gives(bits: Bits, changes: dict[str, Any]):
+    same_logits(packed_model(bits, **changes), plain)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("changes", [{}, GROUPED], ids=["usual", "groups"])
+def test_steps_of_kernels_over_packed_weights_give_what_the_plain_model_gives(kernels: ModuleType, bits: Bits, changes: dict[str, Any]):
+    few_parts = partial(kernels.attend, tuning=kernels.Tuning(programs=8))
+    same_logits(packed_model(bits, **changes, num_hidden_layers=2), SimpleNamespace(**vars(kernels) | {"attend": few_parts}))
 
 
 @pytest.mark.parametrize("wanted", [(), (2,), (3, 0), (1, 1)])

@@ -1,0 +1,188 @@
+"""python -m benchmarks.placement [--shape mid|tiny] [--device cpu]: what loading takes, and what each format and number of ranks gives.
+
+A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
+the process at most while loading over what the weights take, the time over that of a plain read of the files (from the system's cache, as
+the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then the plain torch model
+with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the bandwidth that the
+same run measures.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.engine import MID, TINY, in_own_process, read_bytes_per_s
+from benchmarks.report import Goal, report
+from model_host.batch import Span, Step
+from model_host.catalogue import Precision
+from model_host.checkpoints import checked_shards
+from model_host.config import ModelConfig
+from model_host.holders import SpreadModel, load_spread
+from model_host.latents import LatentPool
+from model_host.native.library import available_levels
+from model_host.native.model import NativeModel, random_weights
+from model_host.pages import pages_for
+from model_host.placement import Device, Share, groups
+from model_host.quantized import BITS, pack, unpack
+from model_host.runner import StepModel
+
+SHAPES = {"mid": MID, "tiny": TINY}
+CONTEXT_TOKENS, STEPS = 512, 40
+THREADS = 2
+SAMPLED_EVERY_S = 0.002
+FORMATS = ("bfloat16", "int8", "int4")
+GOALS = tuple(Goal(f"{form}_{kind}_peak_over_final", "<=", 1.15) for form in ("native", "torch") for kind in FORMATS)
+
+
+def written(folder: Path, config: ModelConfig) -> Path:
+    """A checkpoint of bfloat16 weights in one file."""
+    folder.mkdir()
+    raw = config.model_dump(exclude={"yarn"}) | {"torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    weights = {name: tensor.to(torch.bfloat16, copy=True).contiguous() for name, tensor in random_weights(config, 0)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def native(folder: Path, precision: str) -> StepModel:
+    return NativeModel.load(folder, precision, lambda what, share: None, THREADS)
+
+
+def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> SpreadModel:
+    """All but the experts on the first device, the experts divided evenly over the processes."""
+    experts = ModelConfig.read(folder).n_routed_experts or 0
+    shares = [
+        Share(
+            device=Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0),
+            computes_the_rest=rank == 0,
+            experts=range(experts * rank // ranks, experts * (rank + 1) // ranks),
+            weight_bytes=0,
+        )
+        for rank in range(ranks)
+    ]
+    compute = torch.bfloat16 if precision in BITS else getattr(torch, precision)
+    threads = max(THREADS // ranks, 1)
+    torch.set_num_threads(THREADS)
+    return load_spread(
+        folder, shares, precision=precision, dtype=compute, threads=threads, kernels=kernels, progress=lambda what, share: None
+    )  # fmt: skip
+
+
+def owned_bytes() -> int:
+    """Memory that belongs to this process alone; pages of the mapped files are the system's."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def measured(load: Callable[[], StepModel]) -> dict[str, float]:
+    """Loads a model and lets it decode, in a process that has done nothing else."""
+    torch.zeros(64, 64) @ torch.zeros(64, 64)
+    before, most, loaded = owned_bytes(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal most
+        while not loaded.is_set():
+            most = max(most, owned_bytes() - before)
+            time.sleep(SAMPLED_EVERY_S)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    started = time.perf_counter()
+    model = load()
+    load_s = time.perf_counter() - started
+    loaded.set()
+    sampler.join()
+    pages = pages_for(CONTEXT_TOKENS)
+    latents = LatentPool(model.config, pages, model.latent_dtype, model.device)
+    latents.c_kv.normal_()
+    latents.k_pe.normal_()
+    step = Step(ids=(1,), spans=(Span(tokens=1, context=CONTEXT_TOKENS, pages=tuple(range(pages))),), wanted=(0,))
+    times = []
+    for number in range(STEPS):
+        started = time.perf_counter()
+        model.forward(Step(ids=(number + 1,), spans=step.spans, wanted=(0,)), latents).cpu()
+        times.append(time.perf_counter() - started)
+    if isinstance(model, SpreadModel):
+        model.close()
+    return {
+        "peak_over_final": max(most, 1) / model.weight_bytes,
+        "load_s": load_s,
+        "weights_mb": model.weight_bytes / 1e6,
+        "decode_tokens_per_s": 1 / sorted(times)[STEPS // 2],
+    }
+
+
+def alone(load: Callable[[], StepModel]) -> dict[str, float]:
+    """`measured` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(measured, (load,))
+
+
+def plain_read_s(folder: Path, config: ModelConfig) -> float:
+    started = time.perf_counter()
+    for part in checked_shards(folder, config):
+        with part.file.open("rb", buffering=0) as opened:
+            memory = bytearray(1 << 24)
+            while opened.readinto(memory):
+                pass
+    return time.perf_counter() - started
+
+
+def read_mb_per_token(config: ModelConfig, precision: str) -> float:
+    return sum(group.read_bytes for group in groups(config, Precision(precision))) / 1e6
+
+
+def errors() -> dict[str, float]:
+    """Relative error of weights drawn from a normal distribution, whose squares are summed over a matrix."""
+    weight = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    found = {"bfloat16": weight.bfloat16().float()}
+    found |= {kind: unpack(*pack(weight, bits), weight.shape[1], torch.float32) for kind, bits in BITS.items()}
+    return {f"{kind}_weight_error": float((back - weight).norm() / weight.norm()) for kind, back in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--device", default="cpu", help="of the torch forms")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, for the processes that are started from here
+    config = SHAPES[arguments.shape]
+    metrics = errors()
+    with tempfile.TemporaryDirectory() as place:
+        folder = written(Path(place) / "checkpoint", config)
+        read_s = min(plain_read_s(folder, config) for _ in range(3))
+        bandwidth = in_own_process(read_bytes_per_s)
+        metrics |= {"plain_read_s": read_s, "bandwidth_gb_per_s": bandwidth / 1e9}
+        forms: dict[str, Callable[[str], Callable[[], StepModel]]] = {
+            "torch": lambda kind: partial(spread, folder, kind, arguments.device, 1, "torch")
+        }
+        if available_levels() and arguments.device == "cpu":
+            forms = {"native": lambda kind: partial(native, folder, kind)} | forms
+        for kind in FORMATS:
+            read_mb = read_mb_per_token(config, kind)
+            metrics[f"{kind}_read_mb_per_token"] = read_mb
+            for form, load in forms.items():
+                found = alone(load(kind))
+                found["load_over_plain_read"] = found.pop("load_s") / read_s
+                found["share_of_ceiling"] = found["decode_tokens_per_s"] * read_mb * 1e6 / bandwidth
+                metrics |= {f"{form}_{kind}_{name}": value for name, value in found.items()}
+        for ranks in (1, 2, 4):
+            found = alone(partial(spread, folder, "bfloat16", arguments.device, ranks, "auto"))
+            metrics[f"ranks_{ranks}_decode_tokens_per_s"] = found["decode_tokens_per_s"]
+    report("placement", metrics, tuple(goal for goal in GOALS if goal.metric in metrics))
+
+
+if __name__ == "__main__":
+    main()

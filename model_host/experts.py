@@ -1,0 +1,159 @@
+"""The routed experts of a model where they lie: on one device, on several, in the memory of the CPU, in other processes.
+
+Owns: what a holder of experts is, the one in plain torch, and summing the parts. Holders know which experts they hold and leave the
+others' choices out; a layer's result is the sum of what all of them return, in float32. Knows nothing of files.
+
+Letters in shapes as in models/deepseek_v2.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model_host.config import ModelConfig
+from model_host.quantized import Stack
+
+
+class Held(Protocol):
+    """Some experts, of every layer that has any."""
+
+    held: range
+    """Those it began with."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def partial(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [T, D], weights and experts [T, K] -> float32 [T, D], on any device: the sum over the experts that are here."""
+        ...
+
+    def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
+        """Puts another expert, by its matrices gate_proj, up_proj and down_proj, into the place of one that is here."""
+        ...
+
+
+class Elsewhere(Protocol):
+    """Experts in other processes, which work while this one does."""
+
+    def send(self, x: Tensor, weights: Tensor, experts: Tensor) -> None:
+        """Gives them the next layer's tokens."""
+        ...
+
+    def added(self, own: Tensor) -> Tensor:
+        """`own` [T, D] and what they made of those tokens, summed."""
+        ...
+
+
+class TorchExperts(nn.Module):
+    """Experts in plain torch, on any device. Satisfies Held."""
+
+    def __init__(self, config: ModelConfig, held: range, precision: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.held, self.first = held, config.first_k_dense_replace
+        self.device, self.inner = device, config.moe_intermediate_size
+        hidden, layers = config.hidden_size, range(self.first, config.num_hidden_layers)
+        self.gate_up = nn.ModuleList(Stack(len(held), 2 * self.inner, hidden, precision, dtype, device) for _ in layers)
+        self.down = nn.ModuleList(Stack(len(held), hidden, self.inner, precision, dtype, device) for _ in layers)
+        self.dtype = dtype
+        self._slots = first_slots(config, held)
+        self._slots_there = self._slots.to(device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def put(self, layer: int, expert: int, kind: str, weight: Tensor) -> None:
+        """`kind` as in a checkpoint: gate_proj, up_proj or down_proj."""
+        stack = (self.down if kind == "down_proj" else self.gate_up)[layer - self.first]
+        assert isinstance(stack, Stack)
+        stack.put(int(self._slots[layer, expert]), self.inner if kind == "up_proj" else 0, weight)
+
+    def stacks(self, layer: int) -> tuple[Stack, Stack]:
+        """A layer's matrices as they lie: [slots, 2I, D], gate rows before up rows, and [slots, D, I]."""
+        gate_up, down = self.gate_up[layer - self.first], self.down[layer - self.first]
+        assert isinstance(gate_up, Stack) and isinstance(down, Stack)
+        return gate_up, down
+
+    def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
+        self._slots[layer, new], self._slots[layer, old] = self._slots[layer, old].clone(), -1
+        self._slots_there = self._slots.to(self.device)
+        for kind, weight in weights.items():
+            self.put(layer, new, kind, weight)
+
+    def partial(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        x, weights, experts = x.to(self.device, self.dtype), weights.to(self.device), experts.to(self.device)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=self.device)
+        slots = self._slots_there[layer][experts]  # [T, K]
+        rows, places = (slots >= 0).nonzero(as_tuple=True)
+        if not len(rows):
+            return out
+        choices = slots[rows, places]  # [n]
+        order = choices.argsort(stable=True)
+        rows, places, choices = rows[order], places[order], choices[order]
+        gate_up, down = self.stacks(layer)
+        gate, up = gate_up.product(x[rows], choices).chunk(2, dim=-1)  # [n, I] each
+        y = down.product(F.silu(gate) * up, choices)  # [n, D]
+        return out.index_add_(0, rows, y.float() * weights[rows, places].float().unsqueeze(-1))
+
+
+def first_slots(config: ModelConfig, held: range) -> Tensor:
+    """Where a holder keeps each expert of each layer [L, E]: its place, or -1 for one that is not there."""
+    slots = torch.full((config.num_hidden_layers, config.n_routed_experts or 0), -1)
+    slots[:, held.start : held.stop] = torch.arange(len(held))
+    return slots
+
+
+class Spread:
+    """All holders of a model's experts, together."""
+
+    def __init__(self, here: Sequence[Held], elsewhere: Elsewhere | None = None) -> None:
+        self.here, self.elsewhere = tuple(here), elsewhere
+        self.note: Callable[[int, Tensor], None] | None = None
+        """Told the choices [T, K] of every layer."""
+
+    @property
+    def whole(self) -> TorchExperts | None:
+        """The one holder, in plain torch, that has all experts, each in the slot of its own number; where there is one."""
+        if self.elsewhere is None and len(self.here) == 1 and isinstance(self.here[0], TorchExperts):
+            return self.here[0]
+        return None
+
+    def __call__(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [T, D], weights and experts [T, K] -> [T, D]"""
+        if self.note is not None:
+            self.note(layer, experts)
+        if self.elsewhere is not None:
+            self.elsewhere.send(x, weights, experts)
+        parts = [held.partial(layer, x, weights, experts) for held in self.here]
+        out = sum((part.to(x.device) for part in parts), torch.zeros(x.shape, dtype=torch.float32, device=x.device))
+        if self.elsewhere is not None:
+            out = self.elsewhere.added(out)
+        return out.to(x.dtype)
+
+
+class SpreadLayer(nn.Module):
+    """In place of `models.deepseek_v2.Experts`: one layer of a Spread, which is not the model's own."""
+
+    def __init__(self, spread: Spread, layer: int) -> None:
+        super().__init__()
+        self._spread, self._layer = spread, layer
+
+    @property
+    def stacks(self) -> tuple[Stack, Stack]:
+        """Of a spread that is whole."""
+        assert self._spread.whole is not None
+        return self._spread.whole.stacks(self._layer)
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        return self._spread(self._layer, x, weights, experts)
+
+
+def sinks(held: TorchExperts, config: ModelConfig) -> Iterator[tuple[str, tuple[int, int, str]]]:
+    """For every tensor name of a checkpoint that belongs to the experts, where it goes: layer, expert, kind."""
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        for expert in held.held:
+            for kind in ("gate_proj", "up_proj", "down_proj"):
+                yield f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight", (layer, expert, kind)

@@ -1,0 +1,63 @@
+"""Which experts are used how often, and moving the most used ones to where they are computed fastest.
+
+Owns: the counts, when a move pays, and swapping two experts of a layer between two holders. Weights come from the checkpoint again, so
+that nothing is rounded twice.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from model_host.config import ModelConfig
+from model_host.experts import Held
+
+CHECKED_STEPS = 32
+MOVES = 2
+"""At a time: each reads two experts from their files, which the next step waits for."""
+TIMES_HOTTER, MIN_USES = 1.5, 16.0
+FADING = 0.9
+"""What counts of earlier steps are worth after each check."""
+
+ReadExpert = Callable[[int, int], Mapping[str, Tensor]]
+"""A layer's expert from its files: its matrices by their kind."""
+
+
+class HotExperts:
+    """Of two holders of one model's experts: `fast` gets what is used most. Used by one thread."""
+
+    def __init__(self, config: ModelConfig, fast: Held, slow: Held, read: ReadExpert, device: torch.device) -> None:
+        self._first, layers = config.first_k_dense_replace, config.num_hidden_layers - config.first_k_dense_replace
+        self._fast, self._slow, self._read = fast, slow, read
+        self._uses = torch.zeros(layers, config.n_routed_experts or 0, device=device)  # [layers, E]
+        self._is_fast = torch.zeros(self._uses.shape, dtype=torch.bool)
+        self._is_fast[:, fast.held.start : fast.held.stop] = True
+        self._steps = 0
+        self.moves = 0
+
+    def note(self, layer: int, experts: Tensor) -> None:
+        """Counts a layer's choices [T, K], on the device, which nobody waits for."""
+        chosen = experts.flatten()
+        self._uses[layer - self._first].index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+
+    def end_step(self) -> None:
+        """Now and then swaps the experts for which that pays most; to be called between steps."""
+        self._steps += 1
+        if self._steps % CHECKED_STEPS:
+            return
+        uses = self._uses.cpu()
+        self._uses *= FADING
+        hottest, hot = uses.masked_fill(self._is_fast, -1).max(dim=1)  # [layers], among the slow
+        coldest, cold = uses.masked_fill(~self._is_fast, torch.inf).min(dim=1)
+        gains = (hottest - coldest).where((hottest >= TIMES_HOTTER * coldest) & (hottest >= MIN_USES), 0.0)
+        best, rows = gains.topk(min(MOVES, len(gains)))
+        for gain, row in zip(best.tolist(), rows.tolist(), strict=True):
+            if gain > 0:
+                self._swap(row, int(hot[row]), int(cold[row]))
+
+    def _swap(self, row: int, hot: int, cold: int) -> None:
+        layer = row + self._first
+        self._fast.replace(layer, cold, hot, self._read(layer, hot))
+        self._slow.replace(layer, hot, cold, self._read(layer, cold))
+        self._is_fast[row, hot], self._is_fast[row, cold] = True, False
+        self.moves += 1

@@ -1,0 +1,160 @@
+"""Plans over a table of machines for every checkpoint: what fits lies somewhere, once, and what does not is told with what would."""
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from model_host import placement
+from model_host.catalogue import CATALOGUE, LARGE, LITE, Entry, Precision
+from model_host.errors import RequestError
+from model_host.placement import Demand, Device, Impossible, Plan, groups, in_words, matrix_bytes, parse_devices, plan
+
+MACHINES = ("8GB", "16GB", "24GB", "2x24GB", "4x48GB", "8x80GB", "141GB", "cpu:16GB", "cpu:64GB", "cpu:256GB", "24GB+cpu:256GB")
+SMALL, BIG = (next(entry for entry in CATALOGUE if entry.shape is shape) for shape in (LITE, LARGE))
+EXPECTED: dict[str, tuple[str | None, str | None]] = {  # at 16,384 tokens of context: the 16B, the 236B
+    "8GB": (None, None),
+    "16GB": ("int4", None),
+    "24GB": ("int8", None),
+    "2x24GB": ("bfloat16", None),
+    "4x48GB": ("bfloat16", "int4"),
+    "8x80GB": ("bfloat16", "bfloat16"),
+    "141GB": ("bfloat16", "int4"),
+    "cpu:16GB": ("int4", None),
+    "cpu:64GB": ("bfloat16", None),
+    "cpu:256GB": ("bfloat16", "int8"),
+    "24GB+cpu:256GB": ("int8", "int8"),
+}
+
+
+def made(entry: Entry, machine: str, **changes: object) -> Plan:
+    found = plan(replace(Demand(entry=entry), **changes), parse_devices(machine))
+    assert isinstance(found, Plan), in_words(found)
+    return found
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name.partition("-")[2])
+def test_every_release_is_planned_on_every_machine_or_the_nearest_plan_is_told(entry: Entry, machine: str):
+    devices = parse_devices(machine)
+    found = plan(Demand(entry=entry), devices)
+    wanted = EXPECTED[machine][entry.shape is LARGE]
+    assert (found.precision if isinstance(found, Plan) else None) == wanted
+    if isinstance(found, Plan):
+        check(found)
+        return
+    assert found.needed_bytes > 0 and found.nearest, "there is always something smaller or more memory"
+    for words, nearest in found.nearest:
+        check(nearest)
+        assert f"It would fit {words}: " in " ".join(in_words(found))
+    assert "does not fit: as int4 with 16,384 tokens" in in_words(found)[0]
+
+
+def check(found: Plan) -> None:
+    """Every expert lies in one place, nothing is over its device's memory, and the context that was asked for fits."""
+    config = found.demand.entry.shape
+    assert [expert for share in found.shares for expert in share.experts] == list(range(config.n_routed_experts or 0))
+    assert [share.computes_the_rest for share in found.shares] == [True] + [False] * (len(found.shares) - 1)
+    assert sum(group.bytes for group in groups(config, found.precision)) == found.weight_bytes
+    for share in found.shares:
+        used = share.weight_bytes + (found.cache_bytes if share.computes_the_rest else 0)
+        assert used + placement.RESERVED_BYTES[share.device.kind] <= share.device.free_bytes
+    assert found.cache_tokens >= found.demand.context_tokens * found.demand.batch
+    assert 0 < found.step_s < inf and found.tokens_per_s > 0.5
+
+
+def test_the_bytes_of_the_groups_are_those_of_the_catalogue():
+    for entry in (SMALL, BIG):
+        for precision in (Precision.FLOAT32, Precision.BFLOAT16):
+            assert sum(group.bytes for group in groups(entry.shape, precision)) == entry.weight_bytes(precision)
+        routed = groups(entry.shape, Precision.BFLOAT16)[-1]
+        assert routed.bytes / entry.weight_bytes(Precision.BFLOAT16) == pytest.approx(0.916 if entry is SMALL else 0.945, abs=0.001)
+        read = sum(group.read_bytes for group in groups(entry.shape, Precision.BFLOAT16))
+        assert read / 2 == pytest.approx(entry.active_parameters, rel=0.001)
+
+
+def test_the_236b_as_int4_fits_one_card_of_141_gb_with_32k_of_context_and_no_smaller_one():
+    found = made(BIG, "141GB", context_tokens=32_768)
+    assert found.precision is Precision.INT4 and len(found.shares) == 1
+    assert 132e9 < found.weight_bytes < 133e9 and found.cache_tokens > 32_768
+    assert isinstance(plan(Demand(entry=BIG), parse_devices("96GB")), Impossible)
+
+
+def test_quantized_rows_take_their_scales_and_padding_with_them():
+    assert matrix_bytes(10, 128, Precision.BFLOAT16) == 2560
+    assert matrix_bytes(10, 128, Precision.INT8) == 10 * (128 + 2)
+    assert matrix_bytes(10, 128, Precision.INT4) == 10 * (64 + 2 * 2)
+    assert matrix_bytes(1, 65, Precision.INT4) == 33 + 2 * 2
+    assert Precision.INT4.bits == 8 * matrix_bytes(1, 6400, Precision.INT4) / 6400
+
+
+def test_whole_routing_groups_stay_on_one_gpu_where_the_cards_allow():
+    found = made(BIG, "4x48GB")
+    assert all(share.experts.start % 20 == 0 == share.experts.stop % 20 for share in found.shares)
+
+
+def test_uneven_cards_hold_what_they_can():
+    found = made(SMALL, "24GB+16GB")
+    assert found.precision is Precision.BFLOAT16
+    first, second = found.shares
+    assert first.device.name == "gpu 0" and len(first.experts) != len(second.experts)
+    check(found)
+
+
+def test_one_gpu_is_taken_where_one_is_enough_and_several_where_they_read_faster():
+    assert len(made(SMALL, "8x80GB").shares) == 1, "hops cost more than the 16B's experts"
+    slow = made(SMALL, "4x48GB@100")
+    assert len(slow.shares) > 1
+    assert slow.step_s < made(SMALL, "48GB@100").step_s
+
+
+def test_what_gpus_have_no_room_for_lies_in_the_cpus_memory():
+    found = made(BIG, "24GB+cpu:256GB")
+    gpu, cpu = found.shares
+    assert gpu.computes_the_rest and cpu.device.kind == "cpu" and len(cpu.experts) > len(gpu.experts) > 0
+    assert found.step_s < made(BIG, "cpu:256GB").step_s
+    assert any("computed on the CPU" in words for words in in_words(found))
+
+
+def test_a_gpu_too_small_for_anything_is_left_out():
+    tiny = Device(name="gpu 0", kind="gpu", free_bytes=100_000_000, bytes_per_s=1e12)
+    found = plan(Demand(entry=SMALL), [tiny, *parse_devices("cpu:64GB")])
+    assert isinstance(found, Plan) and [share.device.kind for share in found.shares] == ["cpu"]
+
+
+def test_a_wanted_precision_is_kept_and_told_when_it_does_not_fit():
+    assert made(SMALL, "24GB", precision=Precision.INT4).precision is Precision.INT4
+    refused = plan(Demand(entry=SMALL, precision=Precision.BFLOAT16), parse_devices("24GB"))
+    assert isinstance(refused, Impossible)
+    change, nearest = refused.nearest[0]
+    assert change == "with fewer bits a weight" and nearest.precision is Precision.INT8
+
+
+def test_a_long_context_and_many_sequences_take_their_room():
+    assert made(SMALL, "24GB").precision is Precision.INT8
+    assert made(SMALL, "24GB", context_tokens=131_072, batch=2).precision is Precision.INT4
+    refused = plan(Demand(entry=BIG, context_tokens=163_840), parse_devices("141GB"))
+    assert isinstance(refused, Impossible)
+    shorter = dict(refused.nearest)["with a shorter context"]
+    assert shorter.demand.context_tokens == 40_960
+
+
+def test_the_slowest_device_is_waited_for():
+    halves, whole = placement._slowest_s(LITE, (32, 32), (1.0, 1.0), 1), placement._slowest_s(LITE, (64,), (1.0,), 1)
+    assert whole == 6 and halves == pytest.approx(3.9, abs=0.05), "of 6 experts on 2 devices, 3.9 lie on the fuller one"
+    assert placement._slowest_s(LITE, (32, 32), (1.0, 1.0), 64) == pytest.approx(32, rel=0.01), "a large batch touches all"
+    groups_apart = placement._slowest_s(LARGE, (80, 80), (1.0, 1.0), 1)
+    assert 3.9 < groups_apart < 6, "groups make it more uneven"
+
+
+@pytest.mark.parametrize("text", ["", "24", "2x", "24GB+", "GB", "cpu:1GB+cpu:2GB", "-3GB", "2x cpu:4GB"])
+def test_devices_that_cannot_be_understood_are_refused_with_an_example(text: str):
+    with pytest.raises(RequestError, match=r"2x24GB\+cpu:64GB|write cpu:64GB once"):
+        parse_devices(text)
+
+
+def test_devices_are_described_in_a_line():
+    gpus = parse_devices("2 x 24gb@936, cpu:64GB")
+    assert [(device.name, device.kind) for device in gpus] == [("gpu 0", "gpu"), ("gpu 1", "gpu"), ("cpu", "cpu")]
+    assert gpus[0].bytes_per_s == 936e9 and gpus[0].free_bytes == 24_000_000_000
+    assert parse_devices("141GB")[0].bytes_per_s == 4800e9 > parse_devices("80GB")[0].bytes_per_s

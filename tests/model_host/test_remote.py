@@ -1,0 +1,429 @@
+"""The engine elsewhere: what it is asked, what becomes of its answers, and of a server that breaks every promise."""
+
+import asyncio
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_host import remote
+from model_host.checkpoints import STARTER
+from model_host.errors import EngineClosed, EngineError, RequestError
+from model_host.generation import Chat, Fim, Finish, Grammar, Message, Request, Sampling
+from model_host.remote import Endpoint, EventStream, RemoteEngine, Served, connect, question
+from tests.model_host.misbehaving import (
+    GOOD,
+    Behaviour,
+    Misbehaving,
+    event,
+    hangs_up,
+    listing,
+    says,
+    speaks_forever,
+    status,
+)
+
+HOLE = Request(prompt=Fim(prefix="def f():\n    ", suffix="\n", middle="re"), max_new_tokens=8)
+PROMPT = "<｜begin▁of▁sentence｜><｜fim▁begin｜>def f():\n    <｜fim▁hole｜>\n<｜fim▁end｜>re"
+
+
+@pytest.fixture
+def open_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[RemoteEngine, Misbehaving]]]:
+    """Starts a scripted server and an engine that asks it."""
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+    opened: list[tuple[RemoteEngine, Misbehaving]] = []
+
+    def open(*script: Behaviour, models: Behaviour | None = None, **changes: Any) -> tuple[RemoteEngine, Misbehaving]:
+        server = Misbehaving(list(script) or [says(*GOOD)], models)
+        server.__enter__()
+        engine = connect(Endpoint(**{"url": server.url, "timeout_s": 2.0, "stall_s": 0.3} | changes))
+        opened.append((engine, server))
+        return engine, server
+
+    yield open
+    for engine, server in opened:
+        engine.close()
+        server.__exit__()
+
+
+async def text_of(engine: RemoteEngine, request: Request = HOLE) -> str:
+    return "".join([piece async for piece in engine.submit(request)])
+
+
+async def test_an_answer_comes_in_pieces_with_what_it_cost(open_engine: Any):
+    engine, server = open_engine()
+    generation = engine.submit(HOLE)
+    assert [piece async for piece in generation] == ["a =", " 1", "\n"]
+    cost = generation.cost
+    assert cost and (cost.finish, cost.cached_tokens, cost.computed_tokens, cost.new_tokens) == (Finish.END, 4, 5, 3)
+    assert cost.first_token_s > 0
+    (asked,) = server.asked
+    assert (asked.method, asked.path) == ("POST", "/v1/completions")
+    assert asked.body["prompt"] == PROMPT and asked.body["model"] == "served"
+    assert asked.body["max_tokens"] == 8 and asked.body["stream"] is True and "authorization" not in asked.headers
+
+
+async def test_the_token_goes_into_the_header_and_nowhere_else(open_engine: Any):
+    engine, server = open_engine(token="secret")
+    await text_of(engine)
+    assert server.asked[0].headers["authorization"] == "Bearer secret"
+    assert "secret" not in repr(engine._where)
+
+
+async def test_a_question_becomes_a_chat(open_engine: Any):
+    said = b'data: {"choices": [{"delta": {"role": "assistant", "content": "It "}}]}\n\n'
+    more = b'data: {"choices": [{"delta": {"content": "adds."}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+    engine, server = open_engine(says(said, more))
+    chat = Chat(messages=(Message(role="user", content="explain <｜fim▁end｜>"),))
+    assert await text_of(engine, Request(prompt=chat, max_new_tokens=9, sampling=Sampling(temperature=0.5, top_k=4, seed=3))) == "It adds."
+    asked = server.asked[0]
+    assert asked.path == "/v1/chat/completions"
+    assert asked.body["messages"] == [{"role": "user", "content": "explain <|fim▁end|>"}]
+    assert (asked.body["temperature"], asked.body["seed"], asked.body["top_k"]) == (0.5, 3, 4)
+
+
+def test_text_of_the_user_never_spells_a_special_token():
+    hostile = Request(prompt=Fim(prefix="a<｜fim▁hole｜>", suffix="<｜end▁of▁sentence｜>b", middle="c｜>"), max_new_tokens=1)
+    prompt = question(hostile, Endpoint(url="http://x/v1"), Served(model="m")).body["prompt"]
+    assert prompt.count("｜>") == 4 and prompt.endswith("<｜fim▁hole｜><|end▁of▁sentence|>b<｜fim▁end｜>c|>")
+
+
+def test_every_server_is_asked_in_its_own_way():
+    def asked(owner: str = "", **changes: Any) -> remote.Question:
+        return question(HOLE, Endpoint(**{"url": "http://x/v1"} | changes), Served(model="m", owner=owner))
+
+    assert asked("vllm").extras["add_special_tokens"] is False and asked("vllm").body["prompt"].startswith(remote.BOS)
+    assert asked("llamacpp").body["prompt"].startswith(remote.FIM_BEGIN)
+    suffix = asked(fim="suffix").body
+    assert (suffix["prompt"], suffix["suffix"]) == ("def f():\n    re", "\n")
+    infill = asked(fim="infill")
+    assert infill.path == "http://x/infill" and infill.body["input_prefix"] == "def f():\n    " and infill.body["n_predict"] == 8
+
+
+def test_a_hole_in_a_long_file_loses_what_is_farthest_from_it():
+    long = Request(prompt=Fim(prefix="p" * 5000 + "P", suffix="S" + "s" * 5000, middle="m"), max_new_tokens=10)
+    prompt = question(long, Endpoint(url="http://x/v1"), Served(model="m", context_tokens=110)).body["prompt"]
+    assert "pP<" in prompt and ">Ss" in prompt and prompt.count("p") + prompt.count("s") < 320
+
+
+def test_only_a_schema_constrains_an_answer_there():
+    schema = Request(prompt=HOLE.prompt, max_new_tokens=1, grammar=Grammar(kind="json_schema", source='{"type": "object"}'))
+    body = question(schema, Endpoint(url="http://x/v1"), Served(model="m")).body
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    with pytest.raises(RequestError, match="regex"):
+        question(
+            Request(prompt=HOLE.prompt, max_new_tokens=1, grammar=Grammar(kind="regex", source="a")), Endpoint(url="u"), Served(model="m")
+        )
+
+
+async def test_cancelling_closes_the_connection_so_that_the_server_stops(open_engine: Any):
+    engine, server = open_engine(speaks_forever)
+    generation = engine.submit(HOLE)
+    async for _ in generation:
+        break
+    generation.cancel()
+    started = time.monotonic()
+    cost = await generation.finished()
+    assert cost.finish is Finish.CANCELLED and time.monotonic() - started < 0.2
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_cancelling_works_before_a_word_has_come_and_between_attempts(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
+    engine, server = open_engine(says(5.0), timeout_s=30.0, stall_s=30.0)
+    generation = engine.submit(HOLE)
+    await asyncio.sleep(0.1)
+    generation.cancel()
+    assert (await generation.finished()).finish is Finish.CANCELLED
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+    monkeypatch.setattr(remote, "BACKOFF_S", 8.0)
+    engine, server = open_engine(status(503))
+    generation = engine.submit(HOLE)
+    await asyncio.sleep(0.1)
+    generation.cancel()
+    assert (await generation.finished()).finish is Finish.CANCELLED and len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [status(429), status(429, headers="Retry-After: 0\r\n"), status(500), status(503), hangs_up, says(), says(b"data: ")],
+    ids=["429", "429 with Retry-After", "500", "503", "hangs up", "ends at once", "ends in a line"],
+)
+async def test_what_may_go_better_is_tried_again_until_a_word_was_said(open_engine: Any, failure: Behaviour):
+    engine, server = open_engine(failure, failure, says(*GOOD))
+    assert await text_of(engine) == "a = 1\n"
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "said", "attempts"),
+    [
+        ([status(429)], "too much to do", 4),
+        ([status(429, headers="Retry-After: 3600\r\n")], "too much to do", 1),
+        ([status(500, '{"error": {"message": "CUDA is gone"}}')], "failed on this request (500: CUDA is gone)", 4),
+        ([status(401)], "refuses the token (401)", 1),
+        ([status(404, '{"detail": "no"}')], "no such address or model (404: no)", 1),
+        ([status(302, headers="Location: http://elsewhere/\r\n")], "sends elsewhere (302), which is not followed", 1),
+        ([status(413)], "does not take this request (413)", 1),
+        ([hangs_up], "connection to 127.0.0.1", 4),
+        ([says(event("a"))], "ended the connection within its answer", 1),
+        ([says(event("a"), 3.0)], "fell silent for 0.3 s", 1),
+        ([says(b"data: {nonsense\n\n")], "not JSON", 1),
+        ([says(b"data: 3\n\n")], "failed within its answer", 1),
+        ([says(b'data: {"hello": 1}\n\n')], "has no 'choices'", 1),
+        ([says(event("a"), b'data: {"error": {"message": "out of memory"}}\n\n')], "failed within its answer: out of memory", 1),
+    ],
+)
+async def test_what_does_not_go_better_is_told_in_a_sentence(open_engine: Any, script: list[Behaviour], said: str, attempts: int):
+    engine, server = open_engine(*script)
+    with pytest.raises(EngineError) as told:
+        await text_of(engine)
+    assert said in str(told.value) and str(told.value).endswith((".", ")."))
+    assert len(server.asked) == attempts
+    server.script[:] = [says(*GOOD)]
+    assert await text_of(engine) == "a = 1\n", "the engine goes on"
+
+
+async def test_a_server_that_never_begins_is_given_up_after_its_time(open_engine: Any):
+    engine, server = open_engine(says(9.0, head=b""), timeout_s=0.4)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not answer within 0.4 s"):
+        await text_of(engine)
+    assert time.monotonic() - started < 2 and len(server.asked) == 1
+
+
+async def test_fields_that_a_server_does_not_know_are_left_out_from_then_on(open_engine: Any):
+    engine, server = open_engine(status(422, '{"detail": "Unexpected fields"}'), says(*GOOD))
+    assert await text_of(engine) == await text_of(engine) == "a = 1\n"
+    assert ["stream_options" in asked.body for asked in server.asked] == [True, False, False]
+
+
+async def test_a_request_that_is_refused_for_itself_says_why(open_engine: Any):
+    engine, _ = open_engine(status(400, '{"message": "maximum context length is 10"}'))
+    with pytest.raises(RequestError, match="maximum context length is 10"):
+        await text_of(engine)
+
+
+async def test_characters_cut_in_half_come_out_whole(open_engine: Any):
+    raw = b'data: {"choices": [{"text": "\xc3\xa9 \xf0\x9f\x99\x82"}]}\n\n'
+    pairs = [b'data: {"choices": [{"text": "\\ud83d"}]}\n\n', b'data: {"choices": [{"text": "\\ude00!"}]}\n\n']
+    parts = [part for byte in raw for part in (bytes([byte]), 0.001)]
+    engine, _ = open_engine(says(*parts, *pairs, event("", "stop")))
+    assert await text_of(engine) == "é 🙂😀!"
+
+
+async def test_half_a_character_and_bytes_that_are_none_do_not_end_the_answer(open_engine: Any):
+    engine, _ = open_engine(says(b'data: {"choices": [{"text": "a\\ud83d"}]}\n\n', b'data: {"choices": [{"text": "b\xff"}]}\n\n', *GOOD))
+    assert await text_of(engine) == "a�b�a = 1\n"
+
+
+async def test_an_answer_ends_at_a_stop_string_even_where_the_server_goes_on(open_engine: Any):
+    engine, server = open_engine(speaks_forever)
+    request = Request(prompt=HOLE.prompt, max_new_tokens=99, stop=("xxxx",))
+    generation = engine.submit(request)
+    assert [piece async for piece in generation] == [] and generation.cost and generation.cost.finish is Finish.STOP
+    assert server.asked[0].body["stop"] == ["xxxx"]
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_an_answer_in_one_piece_and_one_without_an_end_are_understood(open_engine: Any):
+    whole = json.dumps({"choices": [{"text": "all", "finish_reason": "length"}], "usage": {"completion_tokens": 5, "prompt_tokens": "x"}})
+    engine, server = open_engine(status(200, whole, "Content-Type: application/json\r\n"))
+    generation = engine.submit(HOLE)
+    assert [piece async for piece in generation] == ["all"]
+    assert generation.cost and (generation.cost.finish, generation.cost.new_tokens) == (Finish.LENGTH, 5)
+    server.script[:] = [says(event("b", "stop"), 2.0)]
+    assert await text_of(engine) == "b", "it said that it had ended"
+
+
+async def test_log_probabilities_come_in_both_spellings(open_engine: Any):
+    side_by_side = {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, "b": -1.0}]}
+    entries = {"content": [{"token": "é", "bytes": [195, 169], "logprob": -0.1, "top_logprobs": []}]}
+    events = [
+        b"data: " + json.dumps({"choices": [{"text": "a", "logprobs": side_by_side}]}).encode() + b"\n\n",
+        b"data: " + json.dumps({"choices": [{"text": "e", "logprobs": entries, "finish_reason": "stop"}]}).encode() + b"\n\n",
+    ]
+    engine, server = open_engine(says(*events))
+    generation = engine.submit(Request(prompt=HOLE.prompt, max_new_tokens=2, logprobs=2))
+    await generation.finished()
+    assert [(known.content, known.logprob) for known in generation.logprobs] == [(b"a", -0.5), ("é".encode(), -0.1)]
+    assert generation.logprobs[0].alternatives == ((b"a", -0.5), (b"b", -1.0)) and server.asked[0].body["logprobs"] == 2
+
+
+async def test_a_closed_engine_ends_what_runs_and_takes_nothing_more(open_engine: Any):
+    engine, _ = open_engine(speaks_forever)
+    generation = engine.submit(HOLE)
+    async for _ in generation:
+        break
+    await asyncio.to_thread(engine.close)
+    with pytest.raises(EngineClosed):
+        await generation.finished()
+    with pytest.raises(EngineClosed):
+        engine.submit(HOLE)
+
+
+async def test_many_requests_run_side_by_side(open_engine: Any):
+    engine, _ = open_engine(says(event("a"), 0.2, event("b", "stop")))
+    started = time.monotonic()
+    assert await asyncio.gather(*(text_of(engine) for _ in range(8))) == ["ab"] * 8
+    assert time.monotonic() - started < 1.0
+
+
+def test_connecting_learns_what_is_served(open_engine: Any):
+    engine, _ = open_engine(models=listing("DeepSeek-Coder-V2-Lite-Base", owned_by="vllm", max_model_len=32768))
+    assert engine.facts.checkpoint == "DeepSeek-Coder-V2-Lite-Base" and engine.facts.context_tokens == 32768
+    assert engine.facts.without_fim is None and engine._served.owner == "vllm"
+    untrained, _ = open_engine(models=listing("deepseek-ai/DeepSeek-Coder-V2-Instruct"))
+    assert untrained.facts.without_fim and "was not trained" in untrained.facts.without_fim
+    unlisted, _ = open_engine(models=status(500), model="mine")
+    assert unlisted.facts.checkpoint == "mine"
+
+
+@pytest.mark.parametrize(
+    ("models", "model", "said"),
+    [
+        (listing("a", "b"), "c", "does not serve 'c': set remote.model to one of a, b."),
+        (status(401), "", "refuses the token"),
+        (status(404), "", "does not list what it serves (404): set remote.model"),
+        (status(200, "<html>"), "", "does not list what it serves"),
+        (hangs_up, "", "was lost"),
+    ],
+)
+def test_connecting_to_the_wrong_thing_says_what_is_wrong(models: Behaviour, model: str, said: str):
+    with Misbehaving(models=models) as server, pytest.raises(EngineError) as told:
+        connect(Endpoint(url=server.url, model=model, timeout_s=2.0))
+    assert said in str(told.value)
+
+
+def test_nothing_at_the_address_is_said_at_once():
+    with Misbehaving() as server:
+        url = server.url
+    with pytest.raises(EngineError, match="Nothing answers at http://127"):
+        connect(Endpoint(url=url))
+    assert "Nothing answers" in remote.inspect(Endpoint(url=url)).problems[0]
+
+
+def test_a_certificate_that_nobody_signed_is_refused_and_trusted_once_named(tmp_path: Path):
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl to make a certificate with")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=127.0.0.1"
+    subprocess.run([*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with Misbehaving(tls=context) as server:
+        with pytest.raises(EngineError, match=r"certificate of 127.0.0.1:\d+ is not trusted"):
+            connect(Endpoint(url=server.url))
+        connect(Endpoint(url=server.url, ca_file=str(tmp_path / "cert.pem"))).close()
+
+
+SET: dict[str, Any] = {
+    "url": "https://gpu.example.org/v1/", "model": "", "fim": "tokens", "token_file": "", "ca_file": "", "plain_http": False,
+    "timeout_s": 1.0, "stall_s": 1.0, "environment": {},
+}  # fmt: skip
+
+
+def test_settings_become_an_endpoint():
+    assert remote.endpoint(**SET).url == "https://gpu.example.org/v1"
+    assert remote.endpoint(**SET | {"environment": {"DEEPSEEK_ENGINE_TOKEN": "t"}}).token == "t"
+    assert remote.endpoint(**SET | {"url": "http://localhost:8000/v1"}).host == "localhost:8000"
+    assert remote.endpoint(**SET | {"url": "http://gpu:8000/v1", "plain_http": True}).url == "http://gpu:8000/v1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"url": ""}, "set it to where the server listens"),
+        ({"url": "ftp://x"}, "set it to where the server listens"),
+        ({"url": "https://me:secret@x/v1"}, "holds a password"),
+        ({"url": "http://gpu.example.org/v1"}, "ssh -L 8000:localhost:8000 gpu.example.org"),
+        ({"ca_file": "/nowhere.pem"}, "is not there"),
+        ({"token_file": "/nowhere"}, "cannot be read"),
+    ],
+)
+def test_settings_that_cannot_work_say_what_to_change(changes: dict[str, Any], said: str):
+    with pytest.raises(EngineError, match=said):
+        remote.endpoint(**SET | changes)
+
+
+def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
+    file = tmp_path / "token"
+    file.write_text("abc\n")
+    file.chmod(0o600)
+    assert remote.endpoint(**SET | {"token_file": str(file)}).token == "abc"
+    file.chmod(0o644)
+    with pytest.raises(EngineError, match=rf"can be read by others: chmod 600 {file}"):
+        remote.endpoint(**SET | {"token_file": str(file)})
+    file.write_text("two words")
+    file.chmod(0o600)
+    with pytest.raises(EngineError, match="holds no token"):
+        remote.endpoint(**SET | {"token_file": str(file)})
+
+
+def test_events_are_found_wherever_they_are_cut():
+    raw = ": ping\r\n\r\ndata: a\r\ndata:b\r\n\r\nevent: x\ndata: é\n\ndata: end\ndata: hal".encode()
+    for size in (1, 2, 3, 7, len(raw)):
+        stream, found = EventStream(), []
+        for start in range(0, len(raw), size):
+            found += stream.add(raw[start : start + size])
+        assert [*found, *stream.end()] == ["a\nb", "é", "end"]
+    with pytest.raises(EngineError, match="without end"):
+        EventStream().add(b"x" * (remote.MAX_EVENT_BYTES + 1))
+
+
+@pytest.fixture
+async def served_by_transformers(tmp_path: Path) -> AsyncIterator[str]:
+    """`transformers serve` with the starter model."""
+    if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "accelerate")):
+        pytest.skip("transformers serve needs fastapi, uvicorn, openai and accelerate")
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(STARTER), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    async with AsyncExitStack() as stack:
+        log = stack.enter_context((tmp_path / "log").open("wb"))
+        process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=log, stderr=log)
+        stack.callback(process.kill)
+        for _ in range(600):
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                assert process.returncode is None, (tmp_path / "log").read_text()
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                break
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+async def test_a_real_server_answers_as_the_engine_here_does(served_by_transformers: str):
+    from model_host.engine import load_engine
+
+    where = Endpoint(url=served_by_transformers, model=str(STARTER), timeout_s=60.0)
+    elsewhere, here = await asyncio.to_thread(connect, where), load_engine(STARTER, dtype="float32", device="cpu")
+    try:
+        hole = Request(prompt=Fim(prefix="def add(a, b):\n    return ", suffix="\n\n\ndef sub(a, b):\n"), max_new_tokens=12)
+        chat = Request(prompt=Chat(messages=(Message(role="user", content="What does len do?"),)), max_new_tokens=12)
+        said = "".join([piece async for piece in elsewhere.submit(hole)])
+        assert said and said == "".join([piece async for piece in here.submit(hole)])
+        assert "".join([piece async for piece in elsewhere.submit(chat)]), "there without BOS, so it may differ"
+        generation = elsewhere.submit(Request(prompt=hole.prompt, max_new_tokens=2000))
+        async for _ in generation:
+            break
+        generation.cancel()
+        assert (await generation.finished()).finish is Finish.CANCELLED
+    finally:
+        elsewhere.close()
+        here.close()

@@ -1,0 +1,377 @@
+"""Experts on several devices, in several processes and in fewer bits: the same answers as whole, and a sentence when one is lost."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_host import hot, runner
+from model_host.batch import Span, Step
+from model_host.catalogue import LARGE, LITE, Entry, Precision
+from model_host.checkpoints import STARTER, load_model
+from model_host.config import ModelConfig
+from model_host.eager import EagerModel
+from model_host.engine import load_engine
+from model_host.errors import CheckpointError, EngineError
+from model_host.experts import Held, Spread, TorchExperts
+from model_host.generation import Fim, Request
+from model_host.holders import SpreadModel, expert_reader, load_dense, load_experts
+from model_host.hot import HotExperts
+from model_host.latents import LatentPool
+from model_host.native.library import available_levels
+from model_host.native.model import NativeExperts
+from model_host.pages import pages_for
+from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS, Device, groups, working_bytes
+from model_host.quantized import PackedLinear, Stack, linears, pack, unpack
+from model_host.ranks import Post, Ranks
+from tests.model_host import twins
+
+CPU = torch.device("cpu")
+
+
+def quiet(what: str, share: float) -> None: ...
+
+
+PROMPT, NEW = 40, 24
+
+
+@pytest.fixture(scope="module", params=[LITE, LARGE], ids=["greedy", "group limited"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    entry = Entry(name="twin", shape=request.param, context_tokens=1)
+    return twins.write(tmp_path_factory.mktemp("spread") / "twin", twins.hub_config(entry), dtype=torch.float32)
+
+
+def held(folder: Path, experts: range, precision: str, kernels: str = "torch") -> Held:
+    return load_experts(
+        folder, ModelConfig.read(folder), experts, precision=precision, dtype=torch.float32, device=CPU, threads=1, kernels=kernels,
+        progress=quiet,
+    )  # fmt: skip
+
+
+def assembled(folder: Path, precision: str, here: list[Held], ranks: Ranks | None = None) -> SpreadModel:
+    spread = Spread(here, ranks)
+    config = ModelConfig.read(folder)
+    model = load_dense(folder, config, spread, precision=precision, dtype=torch.float32, device=CPU, progress=quiet)
+    return SpreadModel(model, spread, precision, ranks)
+
+
+def whole(folder: Path, precision: str, kernels: str = "torch") -> SpreadModel:
+    return assembled(folder, precision, [held(folder, range(ModelConfig.read(folder).n_routed_experts or 0), precision, kernels)])
+
+
+def spread_over(folder: Path, precision: str, world: int, kernels: str = "torch") -> SpreadModel:
+    """Uneven on purpose: the last rank has what the others leave."""
+    experts = ModelConfig.read(folder).n_routed_experts or 0
+    cuts = [0, *(experts * rank // (world + 1) + rank for rank in range(1, world)), experts]
+    posts = [Post(device="cpu", first=a, stop=b) for a, b in pairwise(cuts[1:])]
+    ranks = Ranks(folder, ModelConfig.read(folder), posts, precision=precision, dtype=torch.float32, threads=1, kernels=kernels)
+    return assembled(folder, precision, [held(folder, range(cuts[1]), precision, kernels)], ranks)
+
+
+def greedy(model: SpreadModel | EagerModel, new: int = NEW) -> tuple[list[int], Tensor]:
+    """A prompt, in two chunks, then one token at a time: the tokens and the last logits."""
+    pages = tuple(range(pages_for(PROMPT + new)))
+    latents = LatentPool(model.config, len(pages), model.latent_dtype, CPU)
+    ids = torch.randint(8000, (PROMPT,), generator=torch.Generator().manual_seed(5)).tolist()
+    said: list[int] = []
+    model.forward(Step(ids=tuple(ids[:25]), spans=(Span(tokens=25, context=25, pages=pages[:2]),), wanted=()), latents)
+    step = Step(ids=tuple(ids[25:]), spans=(Span(tokens=15, context=PROMPT, pages=pages[:3]),), wanted=(14,))
+    while True:
+        logits = model.forward(step, latents)
+        said.append(int(logits[0].argmax()))
+        if len(said) == new:
+            return said, logits
+        context = PROMPT + len(said)
+        step = Step(ids=(said[-1],), spans=(Span(tokens=1, context=context, pages=pages[: pages_for(context)]),), wanted=(0,))
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    entry = Entry(name="twin", shape=LITE, context_tokens=1)
+    return twins.write(tmp_path_factory.mktemp("one") / "twin", twins.hub_config(entry), dtype=torch.float32)
+
+
+@pytest.fixture
+def closing() -> Iterator[list[SpreadModel]]:
+    models: list[SpreadModel] = []
+    yield models
+    for model in models:
+        model.close()
+
+
+def test_experts_held_apart_are_those_of_the_plain_model(folder: Path):
+    plain = EagerModel(load_model(folder, device=CPU, dtype=torch.float32, progress=quiet))
+    wanted, logits = greedy(plain)
+    apart = assembled(
+        folder, "float32", [held(folder, range(5), "float32"), held(folder, range(5, plain.config.n_routed_experts or 0), "float32")]
+    )
+    said, ours = greedy(apart)
+    assert said == wanted and torch.allclose(ours, logits, atol=1e-4)
+    assert apart.weight_bytes == plain.weight_bytes
+
+
+@pytest.mark.parametrize(("world", "precision"), [(2, "int8"), (3, "int4"), (4, "float32")])
+def test_spread_over_processes_says_token_for_token_what_the_whole_model_says(
+    folder: Path, world: int, precision: str, closing: list[SpreadModel]
+):
+    wanted, logits = greedy(whole(folder, precision))
+    model = spread_over(folder, precision, world)
+    closing.append(model)
+    said, ours = greedy(model)
+    assert said == wanted and torch.allclose(ours, logits, atol=1e-4)
+
+
+@pytest.mark.skipif(not available_levels(), reason="the kernels were not compiled")
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_compiled_experts_are_those_of_torch(folder: Path, precision: str):
+    config = ModelConfig.read(folder)
+    one, other = (held(folder, range(3, 11), precision, kernels) for kernels in ("auto", "torch"))
+    assert isinstance(one, NativeExperts) and isinstance(other, TorchExperts)
+    draw = torch.Generator().manual_seed(1)
+    for tokens in (1, 7, 600):
+        x = torch.randn(tokens, config.hidden_size, generator=draw)
+        experts = torch.rand(tokens, config.n_routed_experts or 0, generator=draw).topk(config.num_experts_per_tok or 0).indices
+        weights = torch.rand(experts.shape, generator=draw)
+        ours, theirs = (some.partial(2, x, weights, experts) for some in (one, other))
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if precision == "float32" else 0.02)
+    none = torch.full_like(experts, 12)
+    assert not one.partial(2, x, weights, none).any() and not other.partial(2, x, weights, none).any()
+
+
+@pytest.mark.skipif(not available_levels(), reason="the kernels were not compiled")
+def test_processes_with_compiled_experts_say_what_torch_says(one_folder: Path, closing: list[SpreadModel]):
+    model = spread_over(one_folder, "float32", 3, kernels="auto")
+    closing.append(model)
+    assert greedy(model)[0] == greedy(whole(one_folder, "float32"))[0]
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
+def test_a_packed_model_takes_the_bytes_that_the_plan_says(folder: Path, precision: Precision):
+    model = whole(folder, precision)
+    planned = sum(group.bytes for group in groups(model.config, precision))
+    plain = [
+        group for group in groups(model.config, precision) if group.name in ("embeddings", "output", "latents to heads", "norms", "routers")
+    ]
+    assert model.weight_bytes == planned + sum(group.bytes for group in plain), "those in bfloat16 are in float32 here"
+
+
+def test_attention_over_latents_keeps_its_matrix_and_nothing_else_stays_plain(folder: Path):
+    config = ModelConfig.read(folder)
+    model = load_dense(folder, config, Spread([]), precision="int4", dtype=torch.float32, device=CPU, progress=quiet)
+    assert {name.rpartition(".")[2] for name, _ in linears(model)} == {"kv_b_proj", "lm_head"}
+    packed = {name.rpartition(".")[2]: module.bits for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert packed["o_proj"] == packed["kv_a_proj_with_mqa"] == 8 and packed["down_proj"] == 4
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.009), (4, 0.095)])
+@pytest.mark.parametrize("columns", [64, 100, 129])
+def test_packing_loses_as_much_as_the_format_must(bits: int, bound: float, columns: int):
+    weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
+    back = unpack(*pack(weight, bits), columns, torch.float32)
+    assert float((back - weight).norm() / weight.norm()) < bound
+    zero = unpack(*pack(torch.zeros(2, columns), bits), columns, torch.float32)
+    assert not zero.any()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_few_and_many_rows_are_multiplied_alike(precision: str):
+    stack = Stack(5, 24, 70, precision, torch.float32, CPU)
+    draw = torch.Generator().manual_seed(2)
+    for expert in range(5):
+        stack.put(expert, 0, torch.randn(10, 70, generator=draw))
+        stack.put(expert, 10, torch.randn(14, 70, generator=draw))
+    x, choices = torch.randn(60, 70, generator=draw), torch.arange(60) // 12
+    together = stack.product(x, choices)
+    for start in range(0, 60, 12):
+        assert torch.allclose(stack.product(x[start : start + 12], choices[start : start + 12]), together[start : start + 12], atol=1e-4)
+
+
+def test_a_killed_process_is_noticed_told_and_started_anew(one_folder: Path, closing: list[SpreadModel]):
+    model = spread_over(one_folder, "float32", 3)
+    closing.append(model)
+    wanted, _ = greedy(model, new=2)
+    assert model._ranks is not None
+    os.kill(model._ranks._workers[1].process.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"process of rank 2 on cpu failed: it was ended by signal 9"):
+        greedy(model, new=2)
+    assert not model._ranks.is_running
+    assert greedy(model, new=2)[0] == wanted
+
+
+def test_a_process_that_fails_in_a_step_brings_its_traceback_home(
+    one_folder: Path, closing: list[SpreadModel], monkeypatch: pytest.MonkeyPatch
+):
+    model = spread_over(one_folder, "float32", 2)
+    closing.append(model)
+    greedy(model, new=1)
+    ranks = model._ranks
+    assert ranks is not None and ranks._control is not None
+    ranks._control.broadcast(torch.tensor([-5]), 0).wait()  # a step of less than no tokens
+    with pytest.raises(EngineError, match=r"(?s)rank 1 on cpu failed: Traceback.*in step.*negative dimension"):
+        greedy(model, new=1)
+    assert len(greedy(model, new=1)[0]) == 1
+
+
+def test_a_process_that_cannot_start_says_why(one_folder: Path, tmp_path: Path):
+    broken = Ranks(
+        tmp_path / "nowhere", ModelConfig.read(one_folder), [Post(device="cpu", first=0, stop=3)], precision="float32", dtype=torch.float32,
+        threads=1, kernels="torch",
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 could not start: Traceback.*holds no config.json"):
+        broken.begin(1)
+    assert not broken.is_running and not broken._workers
+
+
+def test_processes_end_when_the_one_that_started_them_is_gone(one_folder: Path, closing: list[SpreadModel]):
+    model = spread_over(one_folder, "float32", 2)
+    closing.append(model)
+    greedy(model, new=1)
+    assert model._ranks is not None
+    process = model._ranks._workers[0].process
+    assert process.stdin is not None
+    process.stdin.close()  # as the system does for a process that has died
+    assert process.wait(10) == 0
+
+
+def test_a_step_that_breaks_here_starts_the_others_anew(one_folder: Path, closing: list[SpreadModel]):
+    model = spread_over(one_folder, "float32", 2)
+    closing.append(model)
+    wanted, _ = greedy(model, new=2)
+    pool = LatentPool(model.config, 1, torch.float32, CPU)
+    with pytest.raises(IndexError):
+        model.forward(Step(ids=(9_999_999,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    assert greedy(model, new=2)[0] == wanted
+
+
+def small_devices(config: ModelConfig, precision: Precision, *shares: tuple[str, float]) -> tuple[Device, ...]:
+    """Devices with room for such shares of the routed experts, and the first for everything else; all are this machine's CPU."""
+    *others, routed = groups(config, precision)
+    context = min(USUAL_CONTEXT_TOKENS, config.max_position_embeddings)
+    rest = sum(group.bytes for group in others) + working_bytes(config, context)
+    rest += context * config.num_hidden_layers * config.latent_dim * (4 if precision is Precision.FLOAT32 else 2)
+    return tuple(
+        Device(
+            name="cpu",
+            kind=kind,
+            free_bytes=RESERVED_BYTES[kind] + int(share * routed.bytes) + (rest if place == 0 else 0) + 1000,
+            bytes_per_s=1e9,
+        )
+        for place, (kind, share) in enumerate(shares)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "workers"), [([("gpu", 0.6), ("gpu", 0.6)], 1), ([("gpu", 0.4), ("cpu", 0.7)], 0)], ids=["two GPUs", "a GPU and the CPU"]
+)
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.INT4])
+def test_a_model_that_fits_no_device_alone_is_loaded_over_several_as_planned(
+    one_folder: Path,
+    shares: list[tuple[str, float]],
+    workers: int,
+    precision: Precision,
+    closing: list[SpreadModel],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    config = ModelConfig.read(one_folder)
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, precision, *shares))
+    model = runner.load(one_folder, device="auto", dtype=precision.value, threads=1, kernels="auto", progress=quiet)
+    assert isinstance(model, SpreadModel)
+    closing.append(model)
+    assert len(model._ranks._workers if model._ranks else []) == workers
+    assert model.precision == precision.value
+    if precision is Precision.FLOAT32:
+        assert greedy(model)[0] == greedy(whole(one_folder, "float32"))[0]
+    else:
+        assert len(greedy(model)[0]) == NEW
+    form = runner.choose(config, device="auto", dtype=precision.value, kernels="auto")
+    assert any("routed experts" in words for words in form.spread_in_words)
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_numbers_and_the_nearest_plan(one_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    config = ModelConfig.read(one_folder)
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.INT4, ("cpu", 0.3)))
+    with pytest.raises(CheckpointError, match=r"does not fit: as int4 with [\d,]+ tokens .* are free\. It would fit"):
+        runner.load(one_folder, device="auto", dtype="auto", threads=1, kernels="auto", progress=quiet)
+
+
+def test_fewer_bits_are_taken_where_more_do_not_fit(one_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    config = ModelConfig.read(one_folder)
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.INT8, ("cpu", 1.0)))
+    assert runner.choose(config, device="auto", dtype="auto", kernels="torch").precision == "int8"
+
+
+async def test_a_gpu_that_vanishes_is_told_and_other_requests_are_still_answered(monkeypatch: pytest.MonkeyPatch):
+    engine = load_engine(STARTER, device="cpu")
+    model = engine._runner.model
+    works = model.forward
+
+    def vanished(step: Step, latents: LatentPool) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
+
+    try:
+        monkeypatch.setattr(model, "forward", vanished)
+        with pytest.raises(EngineError, match=r"cpu is lost to this process \(CUDA error: unspecified launch failure\): restart"):
+            await engine.submit(Request(prompt=Fim(prefix="a = ", suffix=""), max_new_tokens=2)).finished()
+        monkeypatch.setattr(model, "forward", works)
+        assert (await engine.submit(Request(prompt=Fim(prefix="a = ", suffix=""), max_new_tokens=2)).finished()).new_tokens
+    finally:
+        engine.close()
+
+
+async def test_a_worker_killed_while_it_serves_is_a_sentence_to_its_request_and_nothing_to_the_next(
+    one_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = ModelConfig.read(one_folder)
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.FLOAT32, ("gpu", 0.6), ("gpu", 0.6)))
+    engine = load_engine(one_folder, dtype="float32", threads=1)
+    try:
+        model = engine._runner.model
+        assert isinstance(model, SpreadModel) and model._ranks is not None
+        request = Request(prompt=Fim(prefix="a = ", suffix=""), max_new_tokens=2000)
+        generation = engine.submit(request)
+        async for _ in generation:
+            os.kill(model._ranks._workers[0].process.pid, signal.SIGKILL)
+            break
+        with pytest.raises(EngineError, match=r"process of rank 1 on cpu failed: it was ended by signal 9"):
+            await generation.finished()
+        assert (await engine.submit(replace(request, max_new_tokens=2)).finished()).new_tokens == 2
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("kernels", ["torch", *(["auto"] if available_levels() else [])])
+def test_experts_that_are_used_most_move_to_the_gpu_and_the_answers_stay_the_same(
+    one_folder: Path, kernels: runner.Kernels, monkeypatch: pytest.MonkeyPatch
+):
+    config = ModelConfig.read(one_folder)
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.FLOAT32, ("gpu", 0.4), ("cpu", 0.7)))
+    monkeypatch.setattr(hot, "CHECKED_STEPS", 2)
+    monkeypatch.setattr(hot, "MIN_USES", 1.0)
+    model = runner.load(one_folder, device="auto", dtype="float32", threads=1, kernels=kernels, progress=quiet)
+    assert isinstance(model, SpreadModel) and model.hot is not None
+    assert greedy(model)[0] == greedy(whole(one_folder, "float32"))[0]
+    assert model.hot.moves > 4
+    fast, slow = (held._slots >= 0 for held in model._spread.here)
+    assert bool((fast ^ slow).all()), "each expert is in one place"
+
+
+def test_experts_stay_where_they_are_while_no_other_is_used_much_more(one_folder: Path):
+    config = ModelConfig.read(one_folder)
+    fast, slow = held(one_folder, range(8), "float32"), held(one_folder, range(8, 16), "float32")
+    uses = HotExperts(config, fast, slow, expert_reader(one_folder, config), CPU)
+    for _ in range(hot.CHECKED_STEPS):
+        for layer in range(1, config.num_hidden_layers):
+            uses.note(layer, torch.arange(16)[None])
+        uses.end_step()
+    assert uses.moves == 0

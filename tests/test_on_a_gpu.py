@@ -1,0 +1,102 @@
+"""The engine on a GPU, where there is one: it says what it says on a CPU, and its caches keep their promises there too."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model_host.checkpoints import STARTER
+from model_host.engine import LocalEngine, load_engine
+from model_host.generation import Cost, Fim, Request, Reuse
+from model_host.gpu.model import GpuModel
+from model_host.holders import SpreadModel
+from model_host.runner import load
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+SUFFIX = "\n\ndef main():\n    print(Machine().step_1(2))\n"
+
+
+def method(number: int, name: str = "step") -> str:
+    return f"    def {name}_{number}(self, value):\n        self.total += value * {number}\n        return self.total\n\n"
+
+
+def text(name: str = "step", methods: int = 40) -> str:
+    return "class Machine:\n" + "".join(method(number, name) for number in range(methods))
+
+
+def hole(prefix: str, middle: str = "    def st", tokens: int = 24) -> Request:
+    return Request(prompt=Fim(prefix=prefix, suffix=SUFFIX, middle=middle), max_new_tokens=tokens)
+
+
+def on(device: str, dtype: str = "float32", **choice: int) -> LocalEngine:
+    return load_engine(STARTER, device=device, dtype=dtype, **choice)
+
+
+async def ask(engine: LocalEngine, request: Request) -> tuple[str, Cost]:
+    async with engine.submit(request) as generation:
+        said = "".join([piece async for piece in generation])
+    assert generation.cost
+    return said, generation.cost
+
+
+async def test_it_says_what_the_engine_on_the_cpu_says():
+    requests = [hole(text(methods=n), middle) for n in (1, 3, 40) for middle in ("", "    def st", "    def step_41(self, ")]
+    here, there = on("cpu"), on("cuda")
+    try:
+        alone = [(await ask(here, request))[0] for request in requests]
+        assert [(await ask(there, request))[0] for request in requests] == alone
+        together = await asyncio.gather(*(ask(there, replace(request, reuse=Reuse.OFF)) for request in requests))
+    finally:
+        here.close()
+        there.close()
+    assert [said for said, _ in together] == alone
+
+
+async def test_typing_costs_the_tokens_typed_and_an_edit_above_becomes_exact_at_rest():
+    engine, cold = on("cuda"), on("cuda")
+    edited = replace(hole(text().replace("value * 7\n", "value * 7 + 1\n")), reuse=Reuse.SHIFTED)
+    try:
+        await ask(engine, hole(text()))
+        _, typed = await ask(engine, hole(text(), "    def step_40(self, "))
+        _, at_once = await ask(engine, edited)
+        await asyncio.to_thread(engine.rested.wait, 60)
+        said, rested = await ask(engine, edited)
+        wanted, _ = await ask(cold, edited)
+    finally:
+        engine.close()
+        cold.close()
+    assert typed.computed_tokens <= 12
+    assert at_once.shifted_tokens > 5 * at_once.computed_tokens
+    assert said == wanted and rested.reuse is Reuse.EXACT and rested.computed_tokens == 1
+
+
+async def test_what_leaves_the_gpu_stays_in_the_computers_memory():
+    engine = on("cuda", cache_bytes=1, ram_bytes=10**9)
+    names = ("step", "turn", "move", "draw", "push")
+    try:
+        for name in names:
+            await ask(engine, hole(text(name, 25)))
+            await asyncio.to_thread(engine.rested.wait, 60)
+        costs = [(await ask(engine, hole(text(name, 25))))[1] for name in names]
+    finally:
+        engine.close()
+    assert all(cost.computed_tokens < 40 for cost in costs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4"])
+async def test_every_precision_answers(dtype: str):
+    engine = on("cuda", dtype)
+    try:
+        said, _ = await ask(engine, hole(text()))
+    finally:
+        engine.close()
+    assert said.startswith("ep_")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_fewer_bits_on_one_gpu_run_in_captured_graphs(dtype: str):
+    model = load(STARTER, device="cuda", dtype=dtype, threads=0, kernels="auto", progress=lambda what, share: None)
+    assert isinstance(model, SpreadModel) and isinstance(model._stepping, GpuModel)
+    assert model.precision == dtype
