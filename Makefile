@@ -1,14 +1,18 @@
 # make demo     complete a hole in examples/ with the embedded model     make test    the whole suite
 # make install  .venv with everything in it                               make check   format, lint, types, layers
+# make test-editors  real editors, fetched once into ~/.cache/deepseek-lsp/editors, with the real server
+# make pictures  the screenshots in docs/pictures, anew
 PYTHON ?= python3
 PIP_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check
+EDITORS_INSTALLED := .venv/.editors-installed
+
+.PHONY: install demo test test-editors pictures check
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt model_host/native/forward.cpp model_host/native/build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "deepseek-lsp needs Python 3.11 or newer; run: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -20,6 +24,17 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+$(EDITORS_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) --constraint constraints.txt --editable ".[dev,editors]"
+	@touch $@
+
+test-editors: $(EDITORS_INSTALLED)
+	$(BIN)/python -m tests.editors.install
+	$(BIN)/python -m pytest tests/editors
+
+pictures: $(EDITORS_INSTALLED)
+	EDITORS_PICTURES=docs/pictures $(BIN)/python -m pytest tests/editors -k "(tab or menu_switches or not_there) and not 0.10"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -50,10 +50,10 @@ def cases(file: Path, limit: int) -> Iterator[Case]:
         yield Case(row["prompt"], row["suffix"], row["canonical_solution"], row["test"], row["entry_point"])
 
 
-async def filled(engine: LocalEngine, case: Case, one_line: bool) -> tuple[str, bool]:
+async def filled(engine: LocalEngine, case: Case, one_line: bool, prompt: Fim | None = None) -> tuple[str, bool]:
     """What the model puts into the hole, and whether it ended by itself."""
     text = ""
-    async with engine.submit(Request(prompt=case.fim, max_new_tokens=128)) as generation:
+    async with engine.submit(Request(prompt=prompt or case.fim, max_new_tokens=128)) as generation:
         async for piece in generation:
             text += piece
             if one_line and "\n" in text:

@@ -5,19 +5,22 @@ Owns: whether to ask at all, from memory or the model, the deadline, when to sto
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lsprotocol import types
 
 from lsp_server import context, filters
+from lsp_server.anchors import Anchors, with_newlines
 from lsp_server.host import Host
 from lsp_server.remembered import Remembered
 from lsp_server.session import Document, Snapshot
 from lsp_server.settings import InlineSettings
 from model_host.errors import EngineError
-from model_host.generation import Cost, Engine, Generation, Priority, Request, Sampling
+from model_host.generation import Cost, Engine, Fim, Generation, Priority, Request, Reuse, Sampling
 
 AHEAD_DEADLINE_S = 60.0
+REST_S = 1.0
+"""Whoever types nothing for so long rests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +32,20 @@ class Answer:
     """On the cursor's line; empty, or over the closing characters behind the cursor that the text brings itself."""
     before: str = ""
     """The cursor's line up to the cursor."""
+    asked: Snapshot | None = None
+    """The document the model was asked about."""
     accepted: Snapshot | None = None
     """The document once the text is accepted."""
     reason: str = ""
     cost: Cost | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one connection remembers from one question to the next."""
+
+    remembered: Remembered = field(default_factory=Remembered)
+    anchors: Anchors = field(default_factory=Anchors)
 
 
 async def complete(
@@ -41,7 +54,7 @@ async def complete(
     position: types.Position,
     shown_path: str,
     settings: InlineSettings,
-    remembered: Remembered,
+    memory: Memory,
     priority: Priority = Priority.INLINE,
 ) -> Answer:
     """What to insert at `position`: from memory where that holds, else from the model. Cancelling this coroutine cancels the
@@ -59,26 +72,41 @@ async def complete(
         return Answer(reason=reason)
     if reason := host.engine.facts.without_fim:
         return Answer(reason=reason)
-    if text := filters.something(hole_at(snapshot, settings), remembered.rest(snapshot)):
+    if text := filters.something(hole_at(snapshot, settings), memory.remembered.rest(snapshot)):
         return suggestion(snapshot, text)
+    anchor = memory.anchors.at(snapshot, settings.context_tokens)
+    memory.anchors.keep(snapshot.uri, anchor)
     try:
-        answer = await filled(host.engine, snapshot, shown_path, settings, priority)
+        answer = await filled(host.engine, snapshot, anchor.hole(snapshot, shown_path), settings, priority)
     except EngineError as error:
         return Answer(reason=str(error))
     if answer.text:
-        remembered.keep(snapshot, context.with_newlines([answer.text]))
-    return answer
+        memory.remembered.keep(snapshot, with_newlines([answer.text]))
+    return replace(answer, asked=snapshot)
 
 
-async def think_ahead(host: Host, snapshot: Snapshot, shown_path: str, settings: InlineSettings, remembered: Remembered) -> None:
-    """Asks for what would follow an accepted suggestion, while the user looks at it and nobody else wants the engine."""
-    if host.engine is None or remembered.rest(snapshot):
+async def think_ahead(host: Host, answer: Answer, shown_path: str, settings: InlineSettings, memory: Memory) -> None:
+    """While the user looks at an answer, and nobody else wants the engine: asks for what would follow it once it is accepted, and moves
+    the anchor to the line where the user rests, so that no keystroke has to."""
+    if host.engine is None:
         return
     patient = settings.model_copy(update={"deadline_s": AHEAD_DEADLINE_S})
+    accepted, asked = answer.accepted, answer.asked
     with contextlib.suppress(EngineError):
-        answer = await filled(host.engine, snapshot, shown_path, patient, Priority.BACKGROUND)
-        if answer.text:
-            remembered.keep(snapshot, context.with_newlines([answer.text]))
+        if accepted and not memory.remembered.rest(accepted):
+            prompt = memory.anchors.at(accepted, settings.context_tokens).hole(accepted, shown_path)
+            ahead = await filled(host.engine, accepted, prompt, patient, Priority.BACKGROUND)
+            if ahead.text:
+                memory.remembered.keep(accepted, with_newlines([ahead.text]))
+        if asked and memory.anchors.at(asked, settings.context_tokens).line < asked.line:
+            await asyncio.sleep(REST_S)
+            anchor = memory.anchors.moved(asked, settings.context_tokens)
+            request = Request(
+                prompt=anchor.hole(asked, shown_path), max_new_tokens=1, priority=Priority.BACKGROUND, reuse=Reuse(settings.reuse)
+            )
+            async with host.engine.submit(request) as generation:
+                await generation.finished()
+            memory.anchors.keep(asked.uri, anchor)
 
 
 def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:
@@ -103,14 +131,15 @@ def suggestion(snapshot: Snapshot, text: str, cost: Cost | None = None) -> Answe
     )
 
 
-async def filled(engine: Engine, snapshot: Snapshot, shown_path: str, settings: InlineSettings, priority: Priority) -> Answer:
+async def filled(engine: Engine, snapshot: Snapshot, prompt: Fim, settings: InlineSettings, priority: Priority) -> Answer:
     """Asks the engine to fill the hole at the snapshot's cursor."""
     hole = hole_at(snapshot, settings)
     request = Request(
-        prompt=context.fim_prompt(snapshot, shown_path, settings.context_tokens),
+        prompt=prompt,
         max_new_tokens=settings.max_new_tokens,
         sampling=Sampling(temperature=settings.temperature),
         priority=priority,
+        reuse=Reuse(settings.reuse),
     )
     async with engine.submit(request) as generation:
         raw, in_time = await read(generation, hole, settings.deadline_s)

@@ -5,7 +5,9 @@ Owns: the session, the settings, the host, who may answer (`take_turn`), and wha
 
 import asyncio
 import logging
+import tempfile
 from collections.abc import Awaitable, Coroutine
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,29 +17,48 @@ from cattrs import Converter
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
-from pygls.protocol import LanguageServerProtocol, default_converter
+from pygls.protocol import JsonRPCRequestMessage, LanguageServerProtocol, default_converter
 from pygls.workspace import Workspace
 
-from lsp_server.ask import Answer
+from lsp_server.ask import Answer, Memory
+from lsp_server.conversations import Conversations
+from lsp_server.explained import Explained
 from lsp_server.host import Host
-from lsp_server.remembered import Remembered
+from lsp_server.second import Second
 from lsp_server.session import Session
-from lsp_server.settings import SECTION, Layer, Settings, merge, workspace_layer
+from lsp_server.settings import SECTION, Layer, Settings, merge, user_file, workspace_layer
+from model_host.generation import Cost
+from prompts import library
 
 log = logging.getLogger(__name__)
 """Never above DEBUG with anything of the user's text in it."""
 
 VERSION = version("deepseek-lsp")
+RUN = "deepseek-lsp.run"
+"""The command that does an action."""
 ACCEPTED = "deepseek-lsp.accepted"
 """The command that reports an accepted suggestion."""
 
 
 def converter() -> Converter:
-    """pygls's converter, lenient where older clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0."""
+    """pygls's converter, lenient where clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0, and a request of
+    our own may come without parameters, which JSON-RPC allows."""
     lenient: Converter = default_converter()
+    strict = lenient.get_structure_hook(JsonRPCRequestMessage)
+    lenient.register_structure_hook(JsonRPCRequestMessage, lambda value, kind: strict({"params": None} | value, kind))
     kind = types.InlineCompletionTriggerKind
     lenient.register_structure_hook(kind, lambda value, _: kind(value) if value in (1, 2) else kind.Invoked)
     return lenient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastAction:
+    """What became of the action or question asked for last."""
+
+    title: str
+    reason: str = ""
+    """Why it was not done."""
+    cost: Cost | None = None
 
 
 LEVELS = {types.MessageType.Log: logging.DEBUG, types.MessageType.Info: logging.INFO}
@@ -77,21 +98,30 @@ class Connection(LanguageServer):
         super().__init__("deepseek-lsp", VERSION, protocol_cls=Protocol, converter_factory=converter)
         self.session = Session()
         self.host = host
+        self.second = Second()
         self.user_layers = layers
         self.client_layers: dict[str, Layer] = {}
         self.problems = problems
         self.settings = Settings()
         self.last: Answer = Answer(reason="Nothing was asked for yet.")
+        self.last_action: LastAction | None = None
         self.asked = self.shown = self.accepted = 0
-        self.remembered = Remembered()
+        self.memory = Memory()
+        self.actions, wrong = library.load(user_file().parent / "actions")
+        self.problems += wrong
+        self.conversations = Conversations()
+        self.explained = Explained()
+        self.shown_files: tempfile.TemporaryDirectory[str] | None = None
         self._turns: dict[str, asyncio.Task[Answer]] = {}
         self._ahead: asyncio.Task[None] | None = None
         self.apply_settings([])
 
     def apply_settings(self, problems: list[str]) -> None:
         """Merges all layers anew; tells the user of every value that was left out."""
+        before = self.settings
         self.settings, wrong = merge([*self.user_layers, *self.client_layers.values()])
-        self.remembered.forget()
+        if self.settings != before:
+            self.memory.remembered.forget()
         for problem in [*problems, *wrong]:
             if problem not in self.problems:
                 self.problems.append(problem)

@@ -1,11 +1,37 @@
 """Builds the language server: `create_server` wires one connection and its features. No global state."""
 
 from lsp_server.connection import Connection
-from lsp_server.features import acceptance, completion, configuration, documents, inline_completion, lifecycle, status
+from lsp_server.features import (
+    acceptance,
+    chat,
+    code_action,
+    completion,
+    configuration,
+    documents,
+    fill,
+    hover,
+    inline_completion,
+    lifecycle,
+    run_action,
+    status,
+)
 from lsp_server.host import Host
 from lsp_server.settings import Layer
 
-FEATURES = (lifecycle, documents, configuration, inline_completion, completion, acceptance, status)
+FEATURES = (
+    lifecycle,
+    documents,
+    configuration,
+    inline_completion,
+    completion,
+    acceptance,
+    code_action,
+    run_action,
+    hover,
+    fill,
+    chat,
+    status,
+)
 
 
 def create_server(layers: list[Layer], problems: list[str], host: Host) -> Connection:

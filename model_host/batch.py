@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One sequence's part of a step: its next `tokens` tokens, after which it is `context` tokens long."""
+    """A piece of one sequence in a step: `tokens` new tokens, the last of its first `context` tokens. A sequence may have several,
+    in the order of its tokens; between them lie tokens whose latents are there already."""
 
     tokens: int
     context: int
@@ -22,6 +23,18 @@ class Copy:
 
     source: int
     target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift:
+    """Latents to take over before a step: those of `tokens` tokens from position `source_start` of one sequence on, to position
+    `target_start` of another. The rotated part of their keys is turned on by the difference of the positions."""
+
+    source: tuple[int, ...]
+    source_start: int
+    target: tuple[int, ...]
+    target_start: int
     tokens: int
 
 

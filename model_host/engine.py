@@ -1,7 +1,8 @@
 """The engine: `submit` a request, read a `Generation`; one owner thread runs all requests together, step by step.
 
-Owns: the thread, the queue, what becomes of each step's logits. A request reuses the latents of every prompt and answer before it
-that begins with the same ids, exactly: what is cached was computed for the very same ids at the very same positions.
+Owns: the thread, the queue, what becomes of each step's logits, and the work at rest. A request reuses the latents of every prompt and
+answer before it that begins with the same ids, exactly: they were computed for the very same ids at the very same positions. Where
+it allows, it takes over others too (`Reuse.SHIFTED`); then the exact ones are computed once nobody wants anything.
 """
 
 import queue
@@ -15,24 +16,38 @@ import llguidance
 import torch
 from torch import Tensor
 
-from model_host.catalogue import without_infilling
+from model_host.catalogue import without_conversation, without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
-from model_host.generation import Chat, Cost, Facts, Finish, Generation, Progress, Request, TokenLogprob
+from model_host.generation import Chat, Cost, Facts, Finish, Generation, Priority, Progress, Request, Reuse, TokenLogprob
 from model_host.grammar import GrammarGuide, vocabulary_of
-from model_host.pages import PAGE_TOKENS, PagePool, pages_for, shared
+from model_host.pages import PAGE_TOKENS, Ids, PagePool, pages_for, shared
+from model_host.reuse.shifted import Source
 from model_host.runner import Kernels, Runner, load
 from model_host.sampling import Sampler, logprobs
 from model_host.scheduler import Part, Scheduler, Sequence
+from model_host.tiers import NEWS_TOKENS, DiskTier, RamTier, Tier, is_news, key_of
 from model_host.tokenizer import Encoded, TextDecoder, Tokenizer
 
 CACHE_BYTES = 1 << 30
 """Memory for latents, where nobody says otherwise: 200,000 tokens of the starter in float32, 34,000 of Coder-V2-Lite in bfloat16."""
 DRAFT_TOKENS = 4
+PAUSE_S = 1.0
+"""Whoever asks nothing for so long leaves time for keeping things."""
+MAX_INEXACT = 8
+"""So many prompts wait for being computed exactly."""
 CHUNK_S = 0.2
 """About how long a chunk of a prompt may take: nobody waits longer than that for a step, be it to begin or to stop."""
 FIRST_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 256, 64, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Where on disk latents may be kept, and how much of them."""
+
+    folder: Path
+    max_bytes: int
 
 
 def load_engine(
@@ -43,9 +58,15 @@ def load_engine(
     threads: int = 0,
     kernels: Kernels = "auto",
     cache_bytes: int = CACHE_BYTES,
+    ram_bytes: int = 0,
+    disk: Disk | None = None,
     progress: Progress = lambda what, share: None,
 ) -> "LocalEngine":
-    """Reads the checkpoint in `folder` (tokenizer first: it fails fast) and starts its engine. Raises CheckpointError."""
+    """Reads the checkpoint in `folder` (tokenizer first: it fails fast) and starts its engine. Raises CheckpointError.
+
+    Latents lie in `cache_bytes` of the device; those that it loses stay in `ram_bytes` of the computer's memory, where that is another, and
+    on `disk`, where one is given.
+    """
     started = time.monotonic()
     tokenizer = Tokenizer(folder)
     progress("reading weights", 0.0)
@@ -61,11 +82,15 @@ def load_engine(
         weight_bytes=model.weight_bytes,
         context_tokens=model.config.max_position_embeddings,
         without_fim=None if tokenizer.has_fim else without_infilling(folder),
+        without_chat=None if tokenizer.has_chat else without_conversation(folder),
         load_s=time.monotonic() - started,
         cache_bytes=runner.cache_bytes,
         cache_tokens=runner.pages * PAGE_TOKENS,
     )
-    return LocalEngine(runner, tokenizer, facts)
+    tiers: list[Tier] = [RamTier(ram_bytes)] if ram_bytes and model.device.type != "cpu" else []
+    if disk:
+        tiers.append(DiskTier(disk.folder, key_of(folder, model.precision, model.latent_dtype, type(model).__name__), disk.max_bytes))
+    return LocalEngine(runner, tokenizer, facts, tiers)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -88,12 +113,13 @@ class Answer:
 
     def cost(self, finish: Finish) -> Cost:
         ended_at = time.monotonic()
-        cached = max(self.sequence.cached, 0)
+        cached, shifted = max(self.sequence.cached, 0), self.sequence.shifted
         done = self.sequence.prompt_tokens if self.new_tokens else min(self.sequence.computed, self.sequence.prompt_tokens)
         return Cost(
             finish=finish,
             cached_tokens=cached,
-            computed_tokens=max(done - cached, 0),
+            shifted_tokens=shifted,
+            computed_tokens=max(done - cached - shifted, 0),
             new_tokens=self.new_tokens,
             queued_s=(self.started_at or ended_at) - self.submitted_at,
             first_token_s=self.first_token_at - self.started_at if self.new_tokens else 0.0,
@@ -103,15 +129,25 @@ class Answer:
         )
 
 
+Job = tuple[Request, Generation, float]
+"""A request, where its answer goes, and when it was submitted."""
+
+
 class LocalEngine:
     """The `Engine` of this machine. Satisfies model_host.generation.Engine."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, facts: Facts) -> None:
-        self._runner, self._tokenizer, self._facts = runner, tokenizer, facts
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, facts: Facts, tiers: tuple[Tier, ...] | list[Tier] = ()) -> None:
+        self._runner, self._tokenizer, self._facts, self._tiers = runner, tokenizer, facts, tiers
         self._scheduler = Scheduler(PagePool(runner.pages), FIRST_CHUNK_TOKENS)
         self._pay = Pay()
         self._answers: list[Answer] = []
-        self._queue: queue.SimpleQueue[tuple[Request, Generation, float] | None] = queue.SimpleQueue()
+        self._inexact: list[Source] = []
+        """Prompts whose latents are partly not exact, oldest first."""
+        self._resting: Sequence | None = None
+        """The one of them that is being computed exactly."""
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.rested = threading.Event()
+        """Set while there is nothing left to be done, not even at rest."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -131,6 +167,8 @@ class LocalEngine:
         self._closed.set()
         self._queue.put(None)
         self._thread.join()
+        for tier in self._tiers:
+            tier.close()
         self.__dict__.pop("_runner", None)  # the weights and the latents
         release_memory()
 
@@ -139,22 +177,26 @@ class LocalEngine:
         while not self._closed.is_set():
             self._take_in()
             try:
-                self._step()
+                self._step() if self._answers else self._rest()
+            except EngineError as error:
+                self._fail_all(error)
             except torch.OutOfMemoryError:
                 self._fail_all(RequestError("The device ran out of memory: lower cache_mb, or choose a smaller model."))
             except Exception as error:
                 self._fail_all(EngineError(f"The engine failed on this request: {error!r}. Please report it."))
+        self._keep()
         while not self._queue.empty():
             if job := self._queue.get():
                 job[1].feed(EngineClosed("The engine was shut down."))
         self._fail_all(EngineClosed("The engine was shut down."))
 
     def _take_in(self) -> None:
-        """Starts what was submitted; waits for something when nothing runs."""
-        while not self._answers or not self._queue.empty():
-            job = self._queue.get()
+        """Starts what was submitted; waits for something when there is nothing to do."""
+        while not (self._answers or self._inexact) or not self._queue.empty():
+            job = self._wait()
             if job is None:
                 return
+            self._stop_resting()
             request, generation, submitted_at = job
             try:
                 self._start(request, generation, submitted_at)
@@ -163,12 +205,48 @@ class LocalEngine:
             except Exception as error:
                 generation.feed(EngineError(f"The engine failed on this request: {error!r}. Please report it."))
 
+    def _wait(self) -> Job | None:
+        """The next thing to do. After a pause, what is new since the last one is kept in the tiers."""
+        if self._queue.empty() and not self._inexact:
+            if self._tiers:
+                try:
+                    return self._queue.get(timeout=PAUSE_S)
+                except queue.Empty:
+                    self._keep()
+            self.rested.set()
+        job = self._queue.get()
+        self.rested.clear()
+        return job
+
+    def _keep(self) -> None:
+        """Gives the tiers what they have not got of the last prompts."""
+        for tier in self._tiers:
+            for ids in reversed(self._scheduler.prompts):
+                pages = self._scheduler.pages_of(ids)
+                whole = ids[: len(pages) * PAGE_TOKENS]
+                if is_news(tier, whole):
+                    tier.keep(whole, self._runner.take_out(pages))
+
+    def _restore(self, ids: Ids) -> None:
+        """Brings latents back from a tier, where one has a good deal more of the prompt than the device."""
+        for tier in self._tiers:
+            kept, tokens = tier.longest(ids)
+            if tokens < len(self._scheduler.pages_of(ids)) * PAGE_TOKENS + NEWS_TOKENS:
+                continue
+            latents = tier.get(kept)
+            if latents and self._runner.fits(latents, len(kept)) and (pages := self._scheduler.restore(kept)):
+                self._runner.put_in(pages, latents)
+
     def _start(self, request: Request, generation: Generation, submitted_at: float) -> None:
         prompt = self._encode(request)
+        if request.reuse is not Reuse.OFF:
+            self._restore(prompt.ids)
         answer = Answer(
             request=request,
             generation=generation,
-            sequence=Sequence(ids=list(prompt.ids), prompt_tokens=len(prompt.ids), priority=request.priority),
+            sequence=Sequence(
+                ids=list(prompt.ids), prompt_tokens=len(prompt.ids), priority=request.priority, reuse=request.reuse, hole=prompt.hole
+            ),
             sampler=Sampler(request.sampling, prompt.ids),
             decoder=TextDecoder(self._tokenizer, prompt.must_begin, request.stop),
             guide=GrammarGuide(self._vocabulary, request.grammar) if request.grammar else None,
@@ -209,8 +287,8 @@ class LocalEngine:
             self._end(answer, Finish.CANCELLED)
         self._draft()
         plan = self._scheduler.plan()
-        for copy in plan.copies:
-            self._runner.copy(copy)
+        for what in plan.taken_over:
+            self._runner.take_over(what)
         if not plan.parts:
             return
         started = time.monotonic()
@@ -224,6 +302,31 @@ class LocalEngine:
             rows = part.sequence.drafted + 1 if part.is_complete else 0
             self._continue(answers[part.sequence], part, logits[row : row + rows])
             row += rows
+
+    def _rest(self) -> None:
+        """Computes a chunk of a prompt that was answered from latents that are not exact; the last one first."""
+        if not self._inexact:
+            return
+        if self._resting is None:
+            ids = self._inexact[-1].ids
+            self._resting = Sequence(ids=list(ids), prompt_tokens=len(ids), priority=Priority.REST)
+            self._scheduler.add(self._resting)
+        plan = self._scheduler.plan()
+        for what in plan.taken_over:
+            self._runner.take_over(what)
+        self._runner.run(plan.step())
+        for part in plan.parts:
+            is_done = part.is_complete
+            self._scheduler.advance(part, [])
+            if is_done:
+                self._stop_resting()
+                self._inexact.pop()
+
+    def _stop_resting(self) -> None:
+        """Makes way for a request; what was computed stays, and resting goes on from there."""
+        if self._resting is not None:
+            self._scheduler.remove(self._resting)
+            self._resting = None
 
     def _draft(self) -> None:
         """Puts guesses behind the sequence that decodes, if it is alone and guessing pays."""
@@ -301,6 +404,9 @@ class LocalEngine:
     def _end(self, answer: Answer, finish: Finish) -> None:
         cost = answer.cost(finish)
         self._answers.remove(answer)
+        if answer.new_tokens and answer.sequence.exact < answer.sequence.prompt_tokens:
+            ids = tuple(answer.sequence.ids[: answer.sequence.prompt_tokens])
+            self._inexact = [*(other for other in self._inexact if not other.is_same_text(ids)), Source.of(ids)][-MAX_INEXACT:]
         self._scheduler.remove(answer.sequence)
         if finish in (Finish.END, Finish.LENGTH) and (text := answer.decoder.end()):
             answer.generation.feed(text)
@@ -311,4 +417,6 @@ class LocalEngine:
         for answer in self._answers:
             answer.generation.feed(error)
         self._answers.clear()
+        self._inexact.clear()
+        self._resting = None
         self._scheduler = Scheduler(PagePool(self._runner.pages), FIRST_CHUNK_TOKENS)

@@ -33,6 +33,8 @@ class Chat:
     """A conversation, put into the checkpoint's own chat template; the answer is the assistant's next turn."""
 
     messages: tuple[Message, ...]
+    in_template: bool = True
+    """False: the messages' text alone, one behind the other, to be gone on with; for checkpoints that never learned to converse."""
 
 
 class Priority(IntEnum):
@@ -42,6 +44,18 @@ class Priority(IntEnum):
     MENU = 1
     CHAT = 2
     BACKGROUND = 3
+    REST = 4
+    """Only while nothing else is there to be done; the engine's own work."""
+
+
+class Reuse(StrEnum):
+    """What of earlier work a request may take over."""
+
+    OFF = "off"
+    EXACT = "exact"
+    """Latents computed for the same tokens after the same tokens: the answer is that of a cold run."""
+    SHIFTED = "shifted"
+    """Also latents of the same tokens after others, as after an edit above the cursor: nearly that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +96,7 @@ class Request:
     grammar: Grammar | None = None
     likely: str = ""
     """How the answer may well go on, such as the rest of the last suggestion: verified, never taken on trust."""
+    reuse: Reuse = Reuse.EXACT
     logprobs: int | None = None
     """With how many alternatives each token's log-probability is wanted; None: not at all."""
 
@@ -112,10 +127,11 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one generation cost. cached_tokens + computed_tokens = tokens of the prompt."""
+    """What one generation cost. cached_tokens + shifted_tokens + computed_tokens = tokens of the prompt."""
 
     finish: Finish
     cached_tokens: int
+    """Reused exactly."""
     computed_tokens: int
     new_tokens: int
     queued_s: float
@@ -123,10 +139,17 @@ class Cost:
     """From the start of the work to the first new token; 0 if none came."""
     decode_s: float
     """From the first new token to the last."""
+    shifted_tokens: int = 0
+    """Reused although they were computed after other tokens: with any, the answer is nearly that of a cold run, and may differ."""
     drafted_tokens: int = 0
     """Tokens that were guessed from the text and run beside the next one."""
     accepted_tokens: int = 0
     """Guesses that were what the model would have said."""
+
+    @property
+    def reuse(self) -> Reuse:
+        """The most that was reused."""
+        return Reuse.SHIFTED if self.shifted_tokens else Reuse.EXACT if self.cached_tokens else Reuse.OFF
 
     @property
     def tokens_per_s(self) -> float:
@@ -205,6 +228,8 @@ class Facts:
     load_s: float
     without_fim: str | None = None
     """Why it cannot fill in the middle, a sentence for the user; None when it can."""
+    without_chat: str | None = None
+    """Why it does not converse, a sentence for the user; None when it does."""
     cache_bytes: int = 0
     """Memory for latents."""
     cache_tokens: int = 0

@@ -12,9 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from model_host.batch import Step
+from model_host.batch import Shift, Step
 from model_host.config import ModelConfig
 from model_host.pages import PAGE_TOKENS
+from model_host.rotation import rope_frequencies, rotate
 
 
 class LatentPool:
@@ -22,6 +23,7 @@ class LatentPool:
 
     def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device) -> None:
         slots = pages * PAGE_TOKENS
+        self._frequencies = rope_frequencies(config).to(device)  # [P/2]
         self.c_kv = torch.empty(config.num_hidden_layers, slots, config.kv_lora_rank, dtype=dtype, device=device)  # [L, slots, R]
         self.k_pe = torch.empty(config.num_hidden_layers, slots, config.qk_rope_head_dim, dtype=dtype, device=device)  # [L, slots, P]
 
@@ -43,6 +45,33 @@ class LatentPool:
         a, b = source * PAGE_TOKENS, target * PAGE_TOKENS
         self.c_kv[:, b : b + tokens] = self.c_kv[:, a : a + tokens]
         self.k_pe[:, b : b + tokens] = self.k_pe[:, a : a + tokens]
+
+    def shift(self, shift: Shift) -> None:
+        """Copies latents to another position. c_kv has none in it; k_pe, which turns with its position, is turned on by the distance
+        (arXiv 2104.09864, section 3.2.2), once: what was shifted is never shifted again, since rounding would add up."""
+        distance = shift.target_start - shift.source_start
+        turn = torch.polar(torch.ones_like(self._frequencies), distance * self._frequencies)  # [P/2]
+        source = self._slots(shift.source, shift.source_start, shift.tokens)
+        target = self._slots(shift.target, shift.target_start, shift.tokens)
+        self.c_kv[:, target] = self.c_kv[:, source]
+        self.k_pe[:, target] = rotate(self.k_pe[:, source], turn)
+
+    def take_out(self, pages: list[int]) -> tuple[Tensor, Tensor]:
+        """A copy of the latents of whole pages, on the CPU: c_kv [L, T, R] and k_pe [L, T, P]."""
+        slots = self._slots(tuple(pages), 0, len(pages) * PAGE_TOKENS)
+        return self.c_kv[:, slots].cpu(), self.k_pe[:, slots].cpu()
+
+    def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
+        """Writes what `take_out` gave into whole pages."""
+        slots = self._slots(tuple(pages), 0, len(pages) * PAGE_TOKENS)
+        self.c_kv[:, slots] = c_kv.to(self.c_kv.device)
+        self.k_pe[:, slots] = k_pe.to(self.k_pe.device)
+
+    def _slots(self, pages: tuple[int, ...], start: int, tokens: int) -> Tensor:
+        """Where the tokens from position `start` on lie, [tokens]."""
+        positions = torch.arange(start, start + tokens)
+        slots = torch.tensor(pages)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+        return slots.to(self.c_kv.device)
 
 
 @dataclass(frozen=True, slots=True)

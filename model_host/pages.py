@@ -5,6 +5,9 @@ Owns: page numbers, their reference counts, the tree of cached prefixes, evictio
 A page is free, or private to one sequence that is filling it, or cached: it hangs in a tree under the page of the ids before
 it, and any number of sequences read it. Cached pages are never written again. Whoever holds a page holds all pages before it, and
 gives the last one back first, so that the longest unused leaf is always at the head of `_idle` and eviction never cuts a branch.
+
+A page is exact when its latents were computed after these very ids, and approximate when any before it were taken over from another
+place. What hangs below an approximate page is approximate. Exact lookups do not see approximate pages.
 """
 
 from collections.abc import Sequence
@@ -32,7 +35,18 @@ class Node:
     page: int
     ids: Ids
     parent: "Node | None"
-    children: dict[Ids, "Node"] = field(default_factory=dict)
+    is_exact: bool = True
+    exact: dict[Ids, "Node"] = field(default_factory=dict)
+    approximate: dict[Ids, "Node"] = field(default_factory=dict)
+
+    @property
+    def is_leaf(self) -> bool:
+        return not self.exact and not self.approximate
+
+    def siblings(self) -> dict[Ids, "Node"]:
+        """Where its parent keeps it."""
+        assert self.parent
+        return self.parent.exact if self.is_exact else self.parent.approximate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +59,8 @@ class Match:
     pages: list[int]
     tail: int = -1
     tail_tokens: int = 0
+    exact_tokens: int
+    """How many of the tokens, from the first on, are exact."""
 
     @property
     def tokens(self) -> int:
@@ -72,24 +88,41 @@ class PagePool:
     def held(self) -> int:
         return self.pages - self.available
 
-    def match(self, ids: Ids) -> Match:
-        """The longest cached beginning of `ids`, without their last one, whose logits have to be computed anyway."""
+    def match(self, ids: Ids, *, approximate: bool = False) -> Match:
+        """The longest cached beginning of `ids`, without their last one, whose logits have to be computed anyway. With `approximate`
+        pages count as well, where there is no exact one."""
         limit = len(ids) - 1
-        node, pages = self._root, list[int]()
+        node, pages, exact_tokens = self._root, list[int](), 0
         while len(pages) < limit // PAGE_TOKENS:
             start = len(pages) * PAGE_TOKENS
-            child = node.children.get(ids[start : start + PAGE_TOKENS])
+            part = ids[start : start + PAGE_TOKENS]
+            child = node.exact.get(part) or (node.approximate.get(part) if approximate else None)
             if child is None:
                 break
             node = child
             pages.append(child.page)
+            exact_tokens += PAGE_TOKENS * child.is_exact
         rest = ids[len(pages) * PAGE_TOKENS : limit]
-        nearest = max(node.children.values(), key=lambda child: shared(child.ids, rest), default=None)
+        below = [*node.exact.values(), *(node.approximate.values() if approximate else ())]
+        nearest = max(below, key=lambda child: shared(child.ids, rest), default=None)
         tail_tokens = shared(nearest.ids, rest) if nearest else 0
         tail = nearest.page if nearest and tail_tokens else -1
+        if nearest and nearest.is_exact:
+            exact_tokens += tail_tokens
         for page in pages if tail < 0 else [*pages, tail]:
             self._hold(page)
-        return Match(pages=pages, tail=tail, tail_tokens=tail_tokens)
+        return Match(pages=pages, tail=tail, tail_tokens=tail_tokens, exact_tokens=exact_tokens)
+
+    def exact_pages(self, ids: Ids) -> list[int]:
+        """The exact full pages of the leading ids; holds nothing and does not count as use."""
+        node, pages = self._root, list[int]()
+        for start in range(0, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
+            child = node.exact.get(ids[start : start + PAGE_TOKENS])
+            if child is None:
+                break
+            node = child
+            pages.append(child.page)
+        return pages
 
     def allocate(self, count: int) -> list[int]:
         """`count` private pages, evicting idle ones where none is free. Raises OutOfPages, and then has done nothing."""
@@ -102,25 +135,41 @@ class PagePool:
             self._holders[page] = 1
         return taken
 
-    def publish(self, pages: Sequence[int], ids: Ids, *, ended: bool = False) -> list[int]:
-        """Lets others find what a sequence has computed for `ids`: its full pages, and the last part of one when it has `ended`.
+    def publish(self, pages: Sequence[int], ids: Ids, *, exact_tokens: int | None = None, ended: bool = False) -> list[int]:
+        """Lets others find what a sequence has computed for `ids`: its full pages, and the last part of one when it has `ended`. Those
+        behind the first `exact_tokens` tokens (None: all are exact) are found as approximate ones.
 
-        Returns the sequence's pages: where another one had cached the same ids before, that one's page instead of its own.
+        Returns the sequence's pages: where an exact one of the same ids was cached before, or one as good as its own, that one instead
+        of its own.
         """
         node, kept = self._root, list(pages)
         for number in range(pages_for(len(ids)) if ended else len(ids) // PAGE_TOKENS):
             part = ids[number * PAGE_TOKENS : (number + 1) * PAGE_TOKENS]
-            page, child = kept[number], node.children.get(part)
+            is_exact = exact_tokens is None or number * PAGE_TOKENS + len(part) <= exact_tokens
+            page = kept[number]
+            child = self._cached.get(page) or node.exact.get(part) or (None if is_exact else node.approximate.get(part))
             if child is None:
-                child = Node(page, part, node)
-                node.children[part] = self._cached[page] = child
+                child = Node(page, part, node, is_exact)
+                child.siblings()[part] = self._cached[page] = child
+                if is_exact:
+                    self._take_the_place_of(node.approximate.get(part), child)
             elif child.page != page:
                 self._hold(child.page)
-                self._holders[page] = 0
-                self._free.append(page)
+                self.release([page])
                 kept[number] = child.page
             node = child
         return kept
+
+    def _take_the_place_of(self, old: Node | None, new: Node) -> None:
+        """Hangs what is below an approximate page below the exact one of the same ids, and frees the approximate page. Nothing is
+        done while a sequence still holds it."""
+        if old is None or self._holders[old.page]:
+            return
+        new.approximate |= old.approximate
+        for child in old.approximate.values():
+            child.parent = new
+        old.approximate = {}
+        self._evict(old.page)
 
     def release(self, pages: Sequence[int]) -> None:
         """Gives back one hold of each; private pages become free, cached ones stay findable until they are evicted."""
@@ -140,8 +189,8 @@ class PagePool:
     def _evict(self, page: int) -> None:
         del self._idle[page]
         node = self._cached.pop(page)
-        assert node.parent and not node.children
-        del node.parent.children[node.ids]
+        assert node.is_leaf
+        del node.siblings()[node.ids]
         self._free.append(page)
 
 

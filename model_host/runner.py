@@ -4,25 +4,28 @@ Owns: the latent pool and its size, and which form of the model runs here: compi
 graphs on a GPU where Triton is, plain torch elsewhere. Knows nothing of requests.
 """
 
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from model_host.batch import Copy, Step
+from model_host.batch import Copy, Shift, Step
+from model_host.catalogue import Entry, Precision
 from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
-from model_host.eager import EagerModel
-from model_host.errors import CheckpointError
+from model_host.errors import CheckpointError, EngineError
 from model_host.generation import Progress
-from model_host.gpu.model import GpuModel
+from model_host.holders import load_spread, stepping
 from model_host.latents import LatentPool
+from model_host.machine import real_devices
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeModel
-from model_host.pages import pages_for
+from model_host.pages import PAGE_TOKENS, pages_for
+from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, Share, in_words, plan
+from model_host.quantized import BITS
+from model_host.tiers import Latents
 
 LEAST_TOKENS = 1024
 """What the latent pool holds at least, however small it was asked to be."""
@@ -61,24 +64,58 @@ class Runner:
         model.prepare(self._latents)
 
     def run(self, step: Step) -> Tensor:
-        """Float32 logits [wanted, vocab] of the step, on the CPU."""
-        return self.model.forward(step, self._latents).cpu()
+        """Float32 logits [wanted, vocab] of the step, on the CPU. Raises EngineError when a device or a process of the model is lost."""
+        try:
+            return self.model.forward(step, self._latents).cpu()
+        except torch.OutOfMemoryError:
+            raise
+        except torch.AcceleratorError as error:
+            first, *_ = str(error).splitlines() or ["no reason given"]
+            raise EngineError(
+                f"{self.model.device} is lost to this process ({first}): restart deepseek-lsp; `deepseek-lsp doctor` says what is left."
+            ) from error
 
-    def copy(self, copy: Copy) -> None:
-        self._latents.copy(copy.source, copy.target, copy.tokens)
+    def take_over(self, what: Copy | Shift) -> None:
+        """Puts latents that are there already where a sequence needs them."""
+        if isinstance(what, Shift):
+            self._latents.shift(what)
+        else:
+            self._latents.copy(what.source, what.target, what.tokens)
+
+    def take_out(self, pages: list[int]) -> Latents:
+        """A copy of what lies in whole pages."""
+        return Latents(*self._latents.take_out(pages))
+
+    def fits(self, latents: Latents, tokens: int) -> bool:
+        """Whether they are of this model, and of so many tokens."""
+        layers, rope = self.model.config.num_hidden_layers, self.model.config.qk_rope_head_dim
+        return (
+            latents.c_kv.shape == (layers, tokens, self.model.config.kv_lora_rank)
+            and latents.k_pe.shape == (layers, tokens, rope)
+            and latents.c_kv.dtype == latents.k_pe.dtype == self.model.latent_dtype
+        )
+
+    def put_in(self, pages: list[int], latents: Latents) -> None:
+        """Writes the last of these latents into whole pages."""
+        first = latents.c_kv.shape[1] - len(pages) * PAGE_TOKENS
+        self._latents.put_in(pages, latents.c_kv[:, first:], latents.k_pe[:, first:])
 
 
 def load(folder: Path, *, device: str, dtype: str, threads: int, kernels: Kernels, progress: Progress) -> StepModel:
     """The model of the checkpoint in `folder`, in the fastest form that this machine has. Raises CheckpointError."""
     form = choose(ModelConfig.read(folder), device=device, dtype=dtype, kernels=kernels)
-    if form.torch_because is None:
+    if form.problem:
+        raise CheckpointError(form.problem)
+    if form.torch_because is None and not form.shares:
         return NativeModel.load(folder, form.precision, progress, threads)
-    if form.precision == "int8":
-        raise CheckpointError(f"dtype int8 needs the compiled kernels for CPUs. {form.torch_because}")
     if threads:
         torch.set_num_threads(threads)
-    model = load_model(folder, device=form.device, dtype=getattr(torch, form.precision), progress=progress)
-    return GpuModel(model) if form.device.type == "cuda" and find_spec("triton") else EagerModel(model)
+    if form.shares:
+        compute = torch.bfloat16 if form.precision in BITS else getattr(torch, form.precision)
+        return load_spread(
+            folder, form.shares, precision=form.precision, dtype=compute, threads=threads, kernels=kernels, progress=progress
+        )  # fmt: skip
+    return stepping(load_model(folder, device=form.device, dtype=getattr(torch, form.precision), progress=progress))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +126,39 @@ class Form:
     precision: str
     torch_because: str | None
     """Why torch runs it, a sentence for the user, or None when the compiled kernels do."""
+    shares: tuple[Share, ...] = ()
+    """What lies on which device, where experts lie apart or in fewer bits; else all of it is on `device`."""
+    spread_in_words: tuple[str, ...] = ()
+    problem: str | None = None
+    """Why it cannot be loaded, and what could be."""
 
 
 def choose(config: ModelConfig, *, device: str, dtype: str, kernels: Kernels) -> Form:
-    """For dtype "auto" bfloat16, as the family was trained; but float32 for a small model in torch on a CPU, where it is exact and
-    no slower. Raises CheckpointError when there is no such device."""
+    """For dtype "auto" bfloat16, as the family was trained, or the most bits that fit; but float32 for a small model in torch on a CPU,
+    where it is exact and no slower. Raises CheckpointError when there is no such device."""
     where = choose_device(device)
+    if config.parameters <= SMALL_PARAMETERS and dtype not in BITS:
+        return _alone(config, where, dtype, kernels)
+    devices = [known for known in real_devices() if device == "auto" or torch.device(known.name) == _numbered(where)]
+    if not devices:  # a kind of device whose memory nobody can tell
+        return _alone(config, where, dtype, kernels)
+    entry = Entry(name="This model", shape=config, context_tokens=config.max_position_embeddings)
+    context = min(USUAL_CONTEXT_TOKENS, config.max_position_embeddings)
+    made = plan(Demand(entry=entry, precision=None if dtype == "auto" else Precision(dtype), context_tokens=context), devices)
+    if isinstance(made, Impossible):
+        return replace(_alone(config, where, dtype, kernels), problem=" ".join(in_words(made)))
+    form = _alone(config, torch.device(made.shares[0].device.name), made.precision.value, kernels)
+    if len(made.shares) == 1 and (form.torch_because is None or form.precision not in BITS):
+        return form
+    return replace(form, shares=made.shares, spread_in_words=tuple(in_words(made)))
+
+
+def _numbered(device: torch.device) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _alone(config: ModelConfig, where: torch.device, dtype: str, kernels: Kernels) -> Form:
+    """All of the model on one device."""
     reason: str | None
     if where.type != "cpu":
         reason = f"The device is {where}."

@@ -7,9 +7,10 @@ rewrites the family's tokenizer and loses blanks.
 
 import codecs
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -18,9 +19,14 @@ from model_host import catalogue
 from model_host.catalogue import Infilling
 from model_host.errors import CheckpointError
 from model_host.generation import Chat, Fim, Message
+from model_host.stops import StopStrings
 
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 ROUND_TRIP = "def f(a,  b):\n\tif a:\n        return 'é 你 🙂'  # 12\r\n\n"
+
+LINE = re.compile(r"[^\n]*\n|[^\n]+")
+LINES = 1 << 16
+"""So many lines' ids are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +35,8 @@ class Encoded:
 
     ids: tuple[int, ...]
     must_begin: bytes = b""
+    hole: int | None = None
+    """Where the hole is among the ids; what stands next to it matters most."""
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -54,7 +62,9 @@ class Tokenizer:
         self.eos_id = self._required(self._reader.eos_token, "end-of-sentence")
         self._fim = [self._single_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END)]
         self._folder, self._known = folder, catalogue.recognised(folder)
+        self._ids_of_line = lru_cache(LINES)(lambda line: tuple(self.encode(line)))
         self._check_round_trip(folder)
+        self._lines_are_apart = self.encode(ROUND_TRIP * 2) == [id for line in LINE.findall(ROUND_TRIP * 2) for id in self.encode(line)]
 
     def _required(self, token: str | None, role: str) -> int:
         id = self._single_id(token) if token else None
@@ -82,11 +92,23 @@ class Tokenizer:
         one that was never trained with them."""
         return None not in self._fim and (self._known is None or self._known.infilling is not Infilling.UNTRAINED)
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether the checkpoint converses: it has a chat template, and is not known to be one that was never trained with it."""
+        return bool(self._reader.chat_template) and (self._known is None or self._known.chat is not False)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added, and none is made of the text."""
         self._backend.encode_special_tokens = True
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_lines(self, text: str) -> list[int]:
+        """What `encode` gives, but only lines that were not met lately are worked on: the family's tokenizer never joins what a line
+        break parts."""
+        if not self._lines_are_apart:
+            return self.encode(text)
+        return [id for line in LINE.findall(text) for id in self._ids_of_line(line)]
 
     def _with_special(self, text: str) -> list[int]:
         self._backend.encode_special_tokens = False
@@ -102,12 +124,13 @@ class Tokenizer:
         if not self.has_fim:
             raise CheckpointError(catalogue.without_infilling(self._folder))
         kept, must_begin = self.healed(prompt.middle) if heal else (prompt.middle, b"")
-        prefix, suffix, middle = (self.encode(text) for text in (prompt.prefix, prompt.suffix, kept))
+        prefix, suffix, middle = (self.encode_lines(text) for text in (prompt.prefix, prompt.suffix, kept))
         begin, hole, end = (id for id in self._fim if id is not None)
         room = max(max_tokens - len(middle) - 4, 0)
         suffix = suffix[: max(room // 4, room - len(prefix))]
         prefix = prefix[max(len(prefix) + len(suffix) - room, 0) :]
-        return Encoded(ids=(self.bos_id, begin, *prefix, hole, *suffix, end, *middle), must_begin=must_begin)
+        ids = (self.bos_id, begin, *prefix, hole, *suffix, end, *middle)
+        return Encoded(ids=ids, must_begin=must_begin, hole=2 + len(prefix))
 
     def healed(self, middle: str) -> tuple[str, bytes]:
         """Splits off the last pre-token (a word with its blank, or blanks alone): the model writes that one anew."""
@@ -123,6 +146,8 @@ class Tokenizer:
         Special tokens stand only where the template put them: one that a message spells out is cut in two before encoding.
         """
         texts = [message.content for message in prompt.messages]
+        if not prompt.in_template:
+            return Encoded(ids=(self.bos_id, *self.encode("".join(texts))))
         cut = next(mark for n in itertools.count() if not any((mark := f"\ue000{n}\ue001") in text for text in texts))
         messages = [self._defused(message, cut) for message in prompt.messages]
         rendered = self._reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -194,11 +219,13 @@ class TextDecoder:
     what may be the beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, must_begin: bytes, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._known, self._stop = tokenizer, must_begin, [text for text in stop if text]
+        self._tokenizer, self._known, self._stops = tokenizer, must_begin, StopStrings(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-        self.is_stopped = False
+
+    @property
+    def is_stopped(self) -> bool:
         """Whether a stop string came; nothing follows then."""
+        return self._stops.has_come
 
     @property
     def must_begin(self) -> bytes:
@@ -211,23 +238,8 @@ class TextDecoder:
             taken = min(len(content), len(self._known))
             assert content[:taken] == self._known[:taken]
             self._known, content = self._known[taken:], content[taken:]
-        return self._released(self._held + self._utf8.decode(content))
+        return self._stops.add(self._utf8.decode(content))
 
     def end(self) -> str:
         """What was held back as the beginning of a stop string that did not come."""
-        text, self._held = self._held, ""
-        return text
-
-    def _released(self, text: str) -> str:
-        first = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=-1)
-        if first >= 0:
-            self.is_stopped, self._held = True, ""
-            return text[:first]
-        begun = max((beginning(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - begun :]
-        return text[: len(text) - begun]
-
-
-def beginning(text: str, stop: str) -> int:
-    """How many last characters of `text` are the first of `stop`."""
-    return next(length for length in range(min(len(text), len(stop) - 1), -1, -1) if stop.startswith(text[len(text) - length :]))
+        return self._stops.end()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from cattrs import Converter
 from lsprotocol import types
 from pygls.protocol import default_converter
 from pytest_lsp import LanguageClient, client_capabilities
@@ -13,8 +14,19 @@ from pytest_lsp.client import register_lsp_features
 URI = "file:///project/app/shop.py"
 
 
+def client_converter() -> Converter:
+    """lsprotocol takes a code action that has a command for a command."""
+    found: Converter = default_converter()
+    as_command = found.get_structure_hook(types.Command)
+    found.register_structure_hook(
+        types.Command,
+        lambda value, kind: found.structure(value, types.CodeAction) if isinstance(value.get("command"), dict) else as_command(value, kind),
+    )
+    return found
+
+
 def make_client() -> LanguageClient:
-    client = LanguageClient(converter_factory=default_converter)
+    client = LanguageClient(converter_factory=client_converter)
     register_lsp_features(client)
     return client
 
@@ -84,7 +96,7 @@ class Editor:
         if found is None:
             return None
         items = found.items if isinstance(found, types.InlineCompletionList) else found
-        return items[0]
+        return items[0] if items else None
 
     async def menu(self, line: int, character: int, uri: str = URI) -> list[types.CompletionItem]:
         found = await self.client.text_document_completion_async(

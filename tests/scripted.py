@@ -63,6 +63,18 @@ class ScriptedEngine:
             generation.cancel()
 
 
+class AnsweringEngine(ScriptedEngine):
+    """One answer after the other, one for each request."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__([])
+        self._answers = answers
+
+    def submit(self, request: Request) -> Generation:
+        self._pieces = [self._answers[len(self.requests)]]
+        return super().submit(request)
+
+
 def main() -> None:
     script = json.loads(sys.argv[1])
     engine = ScriptedEngine(**script)

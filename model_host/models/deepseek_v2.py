@@ -8,7 +8,6 @@ Letters in shapes: T new tokens, S tokens of context (S >= T), D hidden_size, H 
 and value head dims, E routed experts, K experts per token, I moe_intermediate_size. A leading batch may stand before T.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -17,31 +16,7 @@ from torch import Tensor, nn
 
 from model_host.config import ModelConfig
 from model_host.latents import LatentPool, Layout, Reach
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies [P/2]; with YaRN, the slow ones interpolated (arXiv 2309.00071, section 3.2)."""
-    dim, theta = config.qk_rope_head_dim, config.rope_theta
-    fast = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # [P/2]
-    if config.yarn is None:
-        return fast
-    yarn = config.yarn
-
-    def dim_turning(rotations: float) -> float:
-        """The dimension that makes `rotations` turns within the original context."""
-        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(dim_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(dim_turning(yarn.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
-    slow_share = ramp.clamp(0, 1)
-    return fast * (1 - slow_share) + fast / yarn.factor * slow_share
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns the pairs (2i, 2i+1) of x [..., T, P] by the complex `rotation` [T, P/2]; computed in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., T, P/2]
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+from model_host.rotation import rope_frequencies, rotate
 
 
 class RMSNorm(nn.Module):

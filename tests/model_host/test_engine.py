@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model_host.checkpoints import STARTER
 from model_host.engine import LocalEngine, load_engine
 from model_host.errors import EngineClosed, RequestError
-from model_host.generation import Chat, Cost, Fim, Finish, Grammar, Message, Priority, Request, Sampling
+from model_host.generation import Chat, Cost, Fim, Finish, Grammar, Message, Priority, Request, Reuse, Sampling
 
 PREFIX = "import os\n\n\nclass Shop:\n    def __init__(self, name):\n        self.name = name\n\n    def label(self):\n"
 SUFFIX = "\n\ndef main():\n    print(Shop('a').label())\n"
@@ -85,6 +85,56 @@ def test_any_chain_of_edits_gives_what_a_cold_engine_gives(engine: LocalEngine, 
         assert cost.cached_tokens + cost.computed_tokens == cold_cost.computed_tokens
 
     asyncio.run(both())
+
+
+def method(number: int) -> str:
+    return f"    def step_{number}(self, value):\n        self.total += value * {number}\n        return self.total\n\n"
+
+
+LONG = "class Machine:\n" + "".join(method(number) for number in range(40))
+
+
+async def test_after_an_edit_above_the_cursor_little_is_computed_and_at_rest_it_becomes_exact():
+    running, cold = fresh(), fresh()
+    edited = replace(hole("    def st", prefix=LONG.replace("value * 7\n", "value * 7 + self.offset\n"), tokens=16), reuse=Reuse.SHIFTED)
+    typed = replace(edited, prompt=replace(edited.prompt, middle="    def step_40(self, "))
+    try:
+        await ask(running, hole("    def st", prefix=LONG))
+        _, at_once = await ask(running, edited)
+        await asyncio.to_thread(running.rested.wait, 60)
+        after, rested = await ask(running, typed)
+        wanted, cost = await ask(cold, typed)
+    finally:
+        running.close()
+        cold.close()
+    assert at_once.reuse is Reuse.SHIFTED and rested.reuse is Reuse.EXACT and cost.reuse is Reuse.OFF
+    assert at_once.computed_tokens < 0.2 * at_once.shifted_tokens
+    assert after == wanted
+    assert rested.shifted_tokens == 0 and rested.computed_tokens <= 8
+    assert rested.cached_tokens + rested.computed_tokens == cost.computed_tokens
+
+
+async def test_whoever_wants_exact_answers_gets_them_beside_those_who_do_not(engine: LocalEngine):
+    prefix = LONG.replace("step_", "turn_")
+    edited = hole("    def tu", prefix=prefix.replace("value * 7\n", "7 * value - 1\n"), tokens=16)
+    await ask(engine, hole("    def tu", prefix=prefix))
+    _, nearly = await ask(engine, replace(edited, reuse=Reuse.SHIFTED))
+    exact, cost = await ask(engine, edited)
+    cold, nothing = await ask(engine, replace(edited, reuse=Reuse.OFF))
+    assert nearly.shifted_tokens and not cost.shifted_tokens
+    assert exact == cold and nothing.computed_tokens == cost.computed_tokens + cost.cached_tokens
+
+
+async def test_rest_gives_way_to_whoever_asks_and_goes_on_afterwards(engine: LocalEngine):
+    prefix = LONG.replace("step_", "move_")
+    edited = replace(hole("    def mo", prefix=prefix.replace("value * 2\n", "2\n"), tokens=4), reuse=Reuse.SHIFTED)
+    await ask(engine, hole("    def mo", prefix=prefix))
+    _, nearly = await ask(engine, edited)
+    for _ in range(5):
+        await ask(engine, hole("        "))
+    await asyncio.to_thread(engine.rested.wait, 60)
+    _, cost = await ask(engine, edited)
+    assert nearly.shifted_tokens and not cost.shifted_tokens and cost.computed_tokens == 1
 
 
 async def test_files_one_goes_back_and_forth_between_keep_their_caches(engine: LocalEngine):
