@@ -434,8 +434,8 @@ async def everywhere_else(engines: Engines, tokenizer: Tokenizer, edits: int) ->
 
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit_replay", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small file; no goals")
-    parser.add_argument("--size", type=int, choices=SIZES, help="files of this size only")
+    parser.add_argument("--quick", action="store_true", help="one small file, few edits; no goals")
+    parser.add_argument("--part", choices=[*map(str, SIZES), "elsewhere", "mid"], help="one part of it: files of so many tokens, ...")
     parser.add_argument("--plot", type=Path, help="draw the time of every keystroke into this file, and nothing else")
     choice = parser.parse_args()
     tokenizer = Tokenizer(STARTER)
@@ -444,17 +444,18 @@ async def main() -> None:
         await plotted(engines, tokenizer, choice.plot)
         engines.close()
         return
-    sizes = SIZES[:1] if choice.quick else (choice.size,) if choice.size else SIZES
+    sizes = SIZES[:1] if choice.quick else tuple(size for size in SIZES if choice.part in (None, str(size)))
     metrics: dict[str, float] = {}
     for size in sizes:
         print(f"files of {size:,} tokens", file=sys.stderr)
         files, cases = (2, 2) if choice.quick or size == SIZES[-1] else (6, 5)
         metrics |= await replay(engines, tokenizer, size, files, cases)
-    metrics |= dict(pooled(metrics, sizes))
-    if not choice.size:
+    if sizes:
+        metrics |= dict(pooled(metrics, sizes))
+    if choice.part in (None, "elsewhere"):
         metrics |= await everywhere_else(engines, tokenizer, edits=10 if choice.quick else 500)
     engines.close()
-    if not choice.quick and not choice.size:
+    if choice.part in (None, "mid") and not choice.quick:
         engines = engines_of(mid)
         found = await replay(engines, tokenizer, 6000, files=2, cases=2)
         metrics |= {f"mid_{name}": value for name, value in found.items() if name.endswith(("share", "cold", "ms", "max"))}

@@ -101,7 +101,7 @@ async def on_the_wire(rounds: int) -> list[float]:
         state = ""
         while state != "ready":
             id += 1
-            await server.send(id=id, method="deepseek-lsp/status", params=None)
+            await server.send(id=id, method="deepseek/status", params=None)
             state = (await server.answer(id))["result"]["state"]
             await asyncio.sleep(0.05)
         for round in range(rounds):

@@ -32,7 +32,7 @@ def p99(times: list[float]) -> float:
 
 async def status_ms(server: Wire, id: int) -> float:
     started = time.perf_counter()
-    await server.send(id=id, method="deepseek-lsp/status", params=None)
+    await server.send(id=id, method="deepseek/status", params=None)
     await server.answer(id)
     return milliseconds(started)
 
@@ -62,7 +62,7 @@ async def start() -> dict[str, float]:
         while True:
             await server.ghost(id, 30, 0)
             await server.answer(id)
-            await server.send(id=id + 1, method="deepseek-lsp/status", params=None)
+            await server.send(id=id + 1, method="deepseek/status", params=None)
             status = (await server.answer(id + 1))["result"]
             if status["state"] == "failed":
                 raise SystemExit(status["message"])
@@ -80,7 +80,7 @@ async def loop_lag(requests: int) -> dict[str, float]:
         await server.open(SOURCE)
         id = 10
         while True:
-            await server.send(id=id, method="deepseek-lsp/status", params=None)
+            await server.send(id=id, method="deepseek/status", params=None)
             if (await server.answer(id))["result"]["state"] == "ready":
                 break
             id += 1

@@ -1,6 +1,6 @@
 """Work that a user can watch and stop: a progress bar with a cancel button where the client has one, and words as they come.
 
-Owns: tokens, cancelling, and the notification `deepseek-lsp/stream` for clients that say (`experimental.deepseekLsp.stream`) that they
+Owns: tokens, cancelling, and the notification `deepseek/stream` for clients that say (`experimental.deepseekLsp.stream`) that they
 show it. Knows no feature.
 """
 
@@ -17,7 +17,7 @@ from pygls.exceptions import JsonRpcException
 from lsp_server.connection import Connection
 from lsp_server.errors import Refusal, Stale
 
-STREAM = "deepseek-lsp/stream"
+STREAM = "deepseek/stream"
 REPORT_EVERY_S = 0.25
 MESSAGE_CHARS = 60
 Result = TypeVar("Result")

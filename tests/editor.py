@@ -105,7 +105,7 @@ class Editor:
         return list(found.items) if isinstance(found, types.CompletionList) else list(found or [])
 
     async def status(self) -> Any:
-        return plain(await self.client.protocol.send_request_async("deepseek-lsp/status", None))
+        return plain(await self.client.protocol.send_request_async("deepseek/status", None))
 
     async def until_ready(self, limit_s: float = 60.0) -> Any:
         """Waits for the model: its progress has an end, whatever the state is then."""

@@ -51,7 +51,7 @@
   "Say how the server stands, and why nothing was shown."
   (interactive)
   (let* ((status (with-lsp-workspace (lsp-find-workspace 'deepseek-lsp nil)
-                   (lsp-request "deepseek-lsp/status" nil)))
+                   (lsp-request "deepseek/status" nil)))
          (reason (lsp-get (lsp-get status :last) :reason)))
     (message "deepseek-lsp is %s. %s%s" (lsp-get status :state) (lsp-get status :message)
              (if (string-empty-p reason) "" (concat " Last time nothing was shown: " reason)))))

@@ -1,4 +1,4 @@
-"""deepseek-lsp/chat: questions and answers beside the editor, about files, selections and diagnostics named by URI. Answers come as partial
+"""deepseek/chat: questions and answers beside the editor, about files, selections and diagnostics named by URI. Answers come as partial
 results while they are made; `/name ...` is the action of that name at the first reference."""
 
 from typing import Any
@@ -15,8 +15,8 @@ from lsp_server.extraction import cleaned
 from lsp_server.references import Reference
 from model_host.generation import Engine
 
-CHAT = "deepseek-lsp/chat"
-END = "deepseek-lsp/chat/end"
+CHAT = "deepseek/chat"
+END = "deepseek/chat/end"
 
 
 class ChatParams(BaseModel):

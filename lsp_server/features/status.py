@@ -1,4 +1,4 @@
-"""deepseek-lsp/status: what the server runs, and why the last request showed nothing."""
+"""deepseek/status: what the server runs, and why the last request showed nothing."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,7 +7,7 @@ from lsp_server.connection import Connection
 
 
 def register(server: Connection) -> None:
-    @server.feature("deepseek-lsp/status")
+    @server.feature("deepseek/status")
     async def status(params: None) -> dict[str, Any]:
         engine, last = server.host.engine, server.last
         cost = asdict(last.cost) | {"reuse": last.cost.reuse} if last.cost else None

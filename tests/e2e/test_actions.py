@@ -51,7 +51,7 @@ async def begin(running: Editor, client: types.ClientCapabilities, text: str = S
         running.applied.append(params.edit)
         return types.ApplyWorkspaceEditResult(applied=True)
 
-    @running.client.feature("deepseek-lsp/stream")
+    @running.client.feature("deepseek/stream")
     def streamed(params: Any) -> None:
         running.stream.append(plain(params))
 

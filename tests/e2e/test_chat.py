@@ -25,7 +25,7 @@ async def speaking():
 
 
 async def chat(running: Editor, text: str, **more: Any) -> Any:
-    return plain(await running.client.protocol.send_request_async("deepseek-lsp/chat", {"text": text, **more}))
+    return plain(await running.client.protocol.send_request_async("deepseek/chat", {"text": text, **more}))
 
 
 async def test_an_answer_streams_as_partial_results_and_the_conversation_goes_on(speaking: Editor):
@@ -46,7 +46,7 @@ async def test_an_answer_streams_as_partial_results_and_the_conversation_goes_on
     assert "".join(str(piece.get("text", piece)) for piece in map(dict, pieces)) == "It adds **items**."
     second = await chat(speaking, "Sure?", conversation=first["conversation"])
     assert second["conversation"] == first["conversation"]
-    await speaking.client.protocol.send_request_async("deepseek-lsp/chat/end", {"conversation": first["conversation"]})
+    await speaking.client.protocol.send_request_async("deepseek/chat/end", {"conversation": first["conversation"]})
     with pytest.raises(JsonRpcException, match="begin a new one"):
         await chat(speaking, "Sure?", conversation=first["conversation"])
 
@@ -85,7 +85,7 @@ async def test_a_slash_form_that_edits_gives_the_edit():
 )
 async def test_what_cannot_be_answered_says_why(speaking: Editor, params: dict[str, Any], said: str):
     with pytest.raises(JsonRpcException, match=said):
-        await speaking.client.protocol.send_request_async("deepseek-lsp/chat", params)
+        await speaking.client.protocol.send_request_async("deepseek/chat", params)
 
 
 async def test_files_of_the_workspace_are_read_and_links_out_of_it_are_not(tmp_path: Path):

@@ -90,27 +90,23 @@ async def test_a_docstring_by_the_starter_is_put_below_its_header(running: Edito
     assert edit.range == types.Range(types.Position(9, 0), types.Position(9, 0)) and edit.new_text.startswith('    """')
 
 
-async def test_the_first_word_of_an_action_in_a_warm_file_takes_a_fifth_of_a_cold_one(running: Editor):
+async def test_an_action_in_a_warm_file_computes_at_most_a_fifth_of_a_cold_one(running: Editor):
     code = "".join(f"def f{number}(a, b):\n    return a * {number} + b - {number * 7}\n\n\n" for number in range(120))
     uri = (running.folder / "long.py").as_uri()
     running.open(code, uri=uri)
-    times = []
+    computed = []  # what it takes in time is benchmarks.actions's to say
     for line in (4, 40, 44):
         place = {"line": line, "character": 0}
         question = {"action": "explain", "uri": uri, "range": {"start": place, "end": {"line": line + 2, "character": 0}}}
         await run(running, question)
-        times.append(await first_token_s(running))
-    cold, *warm = times
-    assert min(warm) <= 0.2 * cold, times
-
-
-async def first_token_s(running: Editor) -> float:
-    return (await running.status())["action"]["cost"]["first_token_s"]
+        computed.append((await running.status())["action"]["cost"]["computed_tokens"])
+    cold, *warm = computed
+    assert max(warm) <= 0.2 * cold, computed
 
 
 async def test_a_conversation_goes_on_from_latents_that_are_there(running: Editor):
     async def chat(**params: Any) -> Any:
-        return plain(await running.client.protocol.send_request_async("deepseek-lsp/chat", params))
+        return plain(await running.client.protocol.send_request_async("deepseek/chat", params))
 
     first = await chat(text="What does this compute?", references=[{"uri": (running.folder / "shop.py").as_uri()}])
     cold = (await running.status())["action"]["cost"]

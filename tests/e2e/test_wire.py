@@ -41,7 +41,7 @@ async def test_the_process_ends_when_the_client_goes_away_in_the_middle_of_a_gen
         await server.start()
         await server.open("def f():\n    ")
         await server.ghost(2, 1, 4)
-        await server.send(id=3, method="deepseek-lsp/status", params=None)
+        await server.send(id=3, method="deepseek/status", params=None)
         await server.answer(3)
         server.process.stdin.close()
         async with asyncio.timeout(15):
@@ -54,14 +54,14 @@ async def test_a_document_that_was_never_opened_is_answered_with_nothing_and_the
         await server.start()
         await server.ghost(2, 0, 0)
         assert (await server.answer(2))["result"] == {"items": []}
-        await server.send(id=3, method="deepseek-lsp/status", params=None)
+        await server.send(id=3, method="deepseek/status", params=None)
         assert "not open" in (await server.answer(3))["result"]["last"]["reason"]
 
 
 async def test_a_request_of_our_own_without_parameters_is_answered():
     async with scripted("return 1") as server:
         await server.start()
-        await server.send(id=2, method="deepseek-lsp/status")
+        await server.send(id=2, method="deepseek/status")
         assert (await server.answer(2))["result"]["settings"]["model"] == "starter"
 
 

@@ -52,7 +52,7 @@ def test_an_accepted_suggestion_is_counted_by_the_server(neovim: Neovim):
     def accepted() -> int:
         count: int = neovim.lua("""
             local count
-            require("deepseek_lsp.server").request("deepseek-lsp/status", nil, function(_, status) count = status.requests.accepted end)
+            require("deepseek_lsp.server").request("deepseek/status", nil, function(_, status) count = status.requests.accepted end)
             vim.wait(5000, function() return count end, 10)
             return count
         """)
@@ -121,7 +121,7 @@ def test_status_says_what_runs_and_why_nothing_was_shown(neovim: Neovim):
 def described(neovim: Neovim) -> str:
     reason: str = neovim.lua("""
         local reason
-        require("deepseek_lsp.server").request("deepseek-lsp/status", nil, function(_, status) reason = status.last.reason end)
+        require("deepseek_lsp.server").request("deepseek/status", nil, function(_, status) reason = status.last.reason end)
         vim.wait(5000, function() return reason end, 10)
         return reason
     """)

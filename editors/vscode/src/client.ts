@@ -10,7 +10,7 @@ const FIRST_WAIT_MS = 1000;
 const CALM_MS = 60_000;
 const STATES = { waiting: "loading", loading: "loading", ready: "ready", failed: "error", disabled: "off" } as const;
 
-/** The answer of deepseek-lsp/status, as far as it is shown. */
+/** The answer of deepseek/status, as far as it is shown. */
 export interface ServerStatus {
   state: keyof typeof STATES;
   message: string;
@@ -86,7 +86,7 @@ export class Server implements vscode.Disposable {
     if (!client?.isRunning()) {
       return undefined;
     }
-    const answer = await client.sendRequest<ServerStatus>("deepseek-lsp/status");
+    const answer = await client.sendRequest<ServerStatus>("deepseek/status");
     if (client !== this.client) {
       return undefined; // what a server that is gone still says does not count
     }

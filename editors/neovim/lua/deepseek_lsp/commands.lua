@@ -30,7 +30,7 @@ local function described(status)
 end
 
 function M.status()
-  server.request("deepseek-lsp/status", nil, function(error, status)
+  server.request("deepseek/status", nil, function(error, status)
     window.open("deepseek-lsp", error and { "**not running** " .. error.message } or described(status))
   end)
 end

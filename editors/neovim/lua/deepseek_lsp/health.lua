@@ -36,7 +36,7 @@ local function running(health)
     return
   end
   local status, problem
-  server.request("deepseek-lsp/status", nil, function(error, result)
+  server.request("deepseek/status", nil, function(error, result)
     status, problem = result, error
   end)
   vim.wait(5000, function()

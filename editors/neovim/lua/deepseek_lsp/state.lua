@@ -63,7 +63,7 @@ local KINDS = { waiting = "loading", loading = "loading", ready = "ready", faile
 --- Asks the server how it stands.
 function M.refresh()
   local asked = servers
-  require("deepseek_lsp.server").request("deepseek-lsp/status", nil, function(error, status)
+  require("deepseek_lsp.server").request("deepseek/status", nil, function(error, status)
     if asked ~= servers then
       return
     end
