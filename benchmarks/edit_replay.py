@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -139,10 +140,9 @@ class Engines:
 
 def library_files(tokenizer: Tokenizer, size: int, count: int, seed: int) -> list[str]:
     """Files of the standard library of about `size` tokens, longer ones cut."""
-    files = [file for file in Path(sysconfig.get_path("stdlib")).glob("*.py") if file.stat().st_size > 3 * size]
-    chosen = random.Random(seed).sample(sorted(files), min(count, len(files)))
-    texts = (file.read_text("utf-8", "replace") for file in chosen)
-    return [cut for text in texts if (cut := cut_to(tokenizer, text, size))]
+    files = sorted(file for file in Path(sysconfig.get_path("stdlib")).glob("*.py") if file.stat().st_size > 3 * size)
+    texts = (file.read_text("utf-8", "replace") for file in random.Random(seed).sample(files, len(files)))
+    return list(islice((cut for text in texts if (cut := cut_to(tokenizer, text, size))), count))
 
 
 def cut_to(tokenizer: Tokenizer, text: str, size: int) -> str:
@@ -420,6 +420,7 @@ async def everywhere_else(engines: Engines, tokenizer: Tokenizer, edits: int) ->
     print("random edits, switching, reopening", file=sys.stderr)
     text = library_files(tokenizer, SIZES[0], 1, seed=3)[0]
     same = await same_in_random_edits(engines, hole_in(tokenizer, 3, text)[0], edits, random.Random(4))
+    print(f"the same text as cold: {same:.1%} of {edits} edits", file=sys.stderr)
     files = library_files(tokenizer, SIZES[0], 5, seed=5)
     extra = await switching(engines, [hole_in(tokenizer, number, text)[0] for number, text in enumerate(files)])
     large = library_files(tokenizer, SIZES[1], 1, seed=6)[0]
