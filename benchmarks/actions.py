@@ -23,8 +23,8 @@ from pathlib import Path
 from lsprotocol import types
 
 from benchmarks.report import Goal, report
-from lsp_server import act, regions, writing_tests
-from lsp_server.act import Asked, Place, Span, Task
+from lsp_server.actions import act, regions, writing_tests
+from lsp_server.actions.act import Asked, Place, Span, Task
 from lsp_server.errors import Refusal
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import ActionSettings

@@ -20,9 +20,9 @@ from pygls.lsp.server import LanguageServer
 from pygls.protocol import JsonRPCRequestMessage, LanguageServerProtocol, default_converter
 from pygls.workspace import Workspace
 
+from lsp_server.actions.conversations import Conversations
+from lsp_server.actions.explained import Explained
 from lsp_server.ask import Answer, Memory
-from lsp_server.conversations import Conversations
-from lsp_server.explained import Explained
 from lsp_server.host import Host
 from lsp_server.second import Second
 from lsp_server.session import Session

@@ -21,13 +21,13 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-from lsp_server import act, guard, references, regions, writing_tests
-from lsp_server.act import Asked, Heard, Place, Span, Task
-from lsp_server.conversations import Conversations
+from lsp_server.actions import act, guard, references, regions, writing_tests
+from lsp_server.actions.act import Asked, Heard, Place, Span, Task
+from lsp_server.actions.conversations import Conversations
+from lsp_server.actions.extraction import cleaned
+from lsp_server.actions.references import Reference
 from lsp_server.errors import Refusal, Stale, Unusable
-from lsp_server.extraction import cleaned
 from lsp_server.host import Host
-from lsp_server.references import Reference
 from lsp_server.session import Document, Encoding, Session, split_lines
 from lsp_server.settings import Settings
 from model_host.generation import Engine

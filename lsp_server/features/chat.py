@@ -6,13 +6,14 @@ from typing import Any
 from lsprotocol import types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lsp_server import act, actions, references
-from lsp_server.act import Asked, Place, Span
+from lsp_server import answering
+from lsp_server.actions import act, references
+from lsp_server.actions.act import Asked, Place, Span
+from lsp_server.actions.extraction import cleaned
+from lsp_server.actions.references import Reference
 from lsp_server.activity import Activity, plain, refused
 from lsp_server.connection import Connection, LastAction
 from lsp_server.errors import Refusal, Unusable
-from lsp_server.extraction import cleaned
-from lsp_server.references import Reference
 from model_host.generation import Engine
 
 CHAT = "deepseek/chat"
@@ -59,14 +60,14 @@ async def answered(server: Connection, params: ChatParams) -> dict[str, Any]:
     name, _, instruction = params.text.strip().removeprefix("/").partition(" ")
     if params.text.startswith("/"):
         return await acted(server, params, name, instruction.strip())
-    async with actions.engine_for(server) as engine:
+    async with answering.engine_for(server) as engine:
         return await said(server, params, engine)
 
 
 async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[str, Any]:
     """The engine's answer to a question."""
     settings = server.settings.actions
-    folders = actions.folders(server)
+    folders = answering.folders(server)
     parts = [
         references.part(server.session, reference, server.shown_path(reference.uri), folders, order)
         for order, reference in enumerate(params.references)
@@ -92,12 +93,12 @@ async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[s
 
 async def acted(server: Connection, params: ChatParams, name: str, instruction: str) -> dict[str, Any]:
     """What the action `name` gives at the first reference: words, or an edit that the client may make. Raises Refusal."""
-    action = actions.find(server, name)
+    action = answering.find(server, name)
     if not params.references:
         raise Refusal(f"/{name} needs to know where: refer to a selection or a place in a file.")
     first = params.references[0]
     document = server.session.find(first.uri)
     whole = Span(start=Place(line=0, character=0), end=Place(line=max(document.line_count - 1, 0) if document else 0, character=0))
     asked = Asked(action=action.name, uri=first.uri, range=first.range or whole, diagnostics=first.diagnostics, instruction=instruction)
-    done = await actions.perform(server, asked)
+    done = await answering.perform(server, asked)
     return {"conversation": params.conversation, "text": done.words, "notes": list(done.notes), "edit": done.edit, "title": done.title}

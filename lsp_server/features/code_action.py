@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from lsprotocol import types
 
-from lsp_server import act, actions
-from lsp_server.act import Asked, Span
+from lsp_server import answering
+from lsp_server.actions import act
+from lsp_server.actions.act import Asked, Span
 from lsp_server.activity import own_capabilities, plain, refused
 from lsp_server.connection import RUN, Connection
 from lsp_server.errors import Refusal
@@ -52,7 +53,7 @@ def register(server: Connection) -> None:
         if action.edit is not None or action.data is None:
             return action
         try:
-            done = await actions.perform(server, Asked.read(plain(action.data)))
+            done = await answering.perform(server, Asked.read(plain(action.data)))
         except Refusal as refusal:
             server.tell(f"{action.title}: {refusal}")
             raise refused(refusal) from refusal
@@ -76,7 +77,7 @@ def said(diagnostic: types.Diagnostic) -> str:
 
 def offered(server: Connection, title: str, asked: Asked, diagnostics: Sequence[types.Diagnostic]) -> types.Command | types.CodeAction:
     """The action in the form that the client understands."""
-    head = actions.find(server, asked.action).head
+    head = answering.find(server, asked.action).head
     data = asked.model_dump(mode="json")
     client = server.client_capabilities.text_document
     client_actions = (client and client.code_action) or types.CodeActionClientCapabilities()

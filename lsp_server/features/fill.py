@@ -4,11 +4,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lsp_server import actions, editing, filling, guard, workspace_edit
+from lsp_server import answering, editing
+from lsp_server.actions import filling, guard, workspace_edit
+from lsp_server.actions.filling import ToFill
 from lsp_server.activity import Activity, plain, refused, stop_with_request
 from lsp_server.connection import Connection
 from lsp_server.errors import Refusal, Stale
-from lsp_server.filling import ToFill
 
 FILL = "deepseek-lsp.fill"
 
@@ -33,13 +34,13 @@ def understood(asked: Any) -> ToFill:
 
 async def done(server: Connection, asked: ToFill) -> int:
     """Has the client make the edits, and says how many holes they fill. Raises Refusal."""
-    engine, document = actions.first_engine(server), server.session.find(asked.uri)
+    engine, document = answering.first_engine(server), server.session.find(asked.uri)
     if document is None:
         raise Refusal("The document is not open: the editor has to send textDocument/didOpen first.")
-    if reason := guard.refusal(asked.uri, actions.folders(server), is_open=True):
+    if reason := guard.refusal(asked.uri, answering.folders(server), is_open=True):
         raise Refusal(reason)
     server.stop_ahead()
-    snapshot = document.snapshot(actions.start_of(asked.range))
+    snapshot = document.snapshot(answering.start_of(asked.range))
     activity = Activity(server, "Filling in", "fill", asked.uri)
     path = server.shown_path(asked.uri)
     edits = await activity.run(lambda: filling.filled(engine, document, asked, path, server.settings, activity.heard))

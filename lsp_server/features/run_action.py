@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lsp_server import actions, editing, showing
-from lsp_server.act import Asked
+from lsp_server import answering, editing, showing
+from lsp_server.actions.act import Asked
 from lsp_server.activity import plain, refused, stop_with_request
 from lsp_server.connection import RUN, Connection
 from lsp_server.errors import Refusal
@@ -14,7 +14,7 @@ def register(server: Connection) -> None:
     async def run(asked: Any) -> dict[str, Any]:
         stop_with_request(server)
         try:
-            done = await actions.perform(server, Asked.read(plain(asked)))
+            done = await answering.perform(server, Asked.read(plain(asked)))
             if done.edit is not None:
                 await editing.make(server, done.title, done.edit)
         except Refusal as refusal:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from lsprotocol import types
 
-from lsp_server import act, regions
-from lsp_server.act import Asked
+from lsp_server.actions import act, regions
+from lsp_server.actions.act import Asked
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import ActionSettings
 from prompts import library

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lsprotocol import types
 
-from lsp_server import actions
+from lsp_server import answering
 from lsp_server.connection import Connection
 from lsp_server.errors import Refusal
 from lsp_server.host import Host
@@ -150,7 +150,7 @@ async def played(operations: list[tuple]) -> None:
     engine = Waiting()
     server = await connected(engine)
     editor = Editor(server)
-    asked: list[tuple[str, asyncio.Task[actions.Done]]] = []
+    asked: list[tuple[str, asyncio.Task[answering.Done]]] = []
 
     async def collect(*, all_of_them: bool) -> None:
         running = [task for _, task in asked if not task.done()]
@@ -173,7 +173,7 @@ async def played(operations: list[tuple]) -> None:
             first = types.Position(min(line, len(lines) - 1), 0)
             last = first if name in ("docstring", "todo", "explain_symbol") else types.Position(min(line + 3, len(lines) - 1), 0)
             wanted = asked_of(name, types.Range(first, last), version=editor.version, diagnostics=("x",), instruction="better")
-            asked.append((name, asyncio.ensure_future(actions.perform(server, wanted))))
+            asked.append((name, asyncio.ensure_future(answering.perform(server, wanted))))
             await begun()
         elif what == "answer":
             engine.answer(how[0], how[1])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lsp_server import guard
+from lsp_server.actions import guard
 
 
 @pytest.fixture

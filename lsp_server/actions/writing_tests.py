@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsp_server import act, extraction, guard, sandbox, suites
-from lsp_server.act import Heard, Task, Words
+from lsp_server.actions import act, extraction, guard, sandbox, suites
+from lsp_server.actions.act import Heard, Task, Words
+from lsp_server.actions.extraction import fence_language
+from lsp_server.actions.guard import path_of
+from lsp_server.actions.regions import Change
+from lsp_server.actions.suites import Suite
+from lsp_server.actions.surroundings import Part
 from lsp_server.errors import Refusal, Unusable
-from lsp_server.extraction import fence_language
-from lsp_server.guard import path_of
-from lsp_server.regions import Change
 from lsp_server.settings import ActionSettings
-from lsp_server.suites import Suite
-from lsp_server.surroundings import Part
 from model_host.generation import Engine
 
 FRAMEWORKS = frozenset({"pytest", "unittest", "mock", "hypothesis"})

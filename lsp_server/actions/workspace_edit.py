@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from lsprotocol import types
 
+from lsp_server.actions.regions import Change
 from lsp_server.errors import Refusal
-from lsp_server.regions import Change
 from lsp_server.session import Snapshot, units
 
 

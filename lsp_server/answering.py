@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 from lsprotocol import types
 
-from lsp_server import act, workspace_edit, writing_tests
-from lsp_server.act import Asked, Span, Task
+from lsp_server.actions import act, workspace_edit, writing_tests
+from lsp_server.actions.act import Asked, Span, Task
+from lsp_server.actions.explained import Explanation
+from lsp_server.actions.guard import path_of
+from lsp_server.actions.writing_tests import Plan, Watched
 from lsp_server.activity import Activity
 from lsp_server.connection import Connection, LastAction
 from lsp_server.errors import Refusal, Stale
-from lsp_server.explained import Explanation
-from lsp_server.guard import path_of
 from lsp_server.session import Document
-from lsp_server.writing_tests import Plan, Watched
 from model_host.generation import Cost, Engine
 from prompts.library import Action
 

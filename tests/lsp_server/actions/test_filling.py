@@ -3,7 +3,7 @@
 import pytest
 from lsprotocol import types
 
-from lsp_server import act, filling
+from lsp_server.actions import act, filling
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.session import Document
 from lsp_server.settings import Settings

@@ -13,9 +13,9 @@ import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_server import extraction
+from lsp_server.actions import extraction
+from lsp_server.actions.symbols import Symbol
 from lsp_server.errors import Unusable
-from lsp_server.symbols import Symbol
 from prompts.comments import MARKERS
 
 QUOTED = re.compile(r"[rRuU]?(\"{3}|'{3})(?P<text>.*?)\1", re.S)

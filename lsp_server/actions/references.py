@@ -6,14 +6,15 @@ Owns: which files may be read for that: open documents, and files of the workspa
 from lsprotocol import types
 from pydantic import BaseModel, ConfigDict
 
-from lsp_server import context, guard
-from lsp_server.act import Span
+from lsp_server import context
+from lsp_server.actions import guard
+from lsp_server.actions.act import Span
+from lsp_server.actions.extraction import fence_language
+from lsp_server.actions.surroundings import Part
 from lsp_server.anchors import with_newlines
 from lsp_server.errors import Refusal
-from lsp_server.extraction import fence_language
 from lsp_server.languages import language_of
 from lsp_server.session import Document, Session, split_lines
-from lsp_server.surroundings import Part
 
 MAX_BYTES = 2_000_000
 

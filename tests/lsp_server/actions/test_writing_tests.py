@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lsprotocol import types
 
-from lsp_server import act, regions, sandbox, writing_tests
+from lsp_server.actions import act, regions, sandbox, writing_tests
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.session import split_lines
 from lsp_server.settings import ActionSettings

@@ -9,10 +9,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_server import act, surroundings
+from lsp_server.actions import act, surroundings
+from lsp_server.actions.surroundings import Part
 from lsp_server.errors import Refusal
 from lsp_server.settings import ActionSettings
-from lsp_server.surroundings import Part
 from model_host.generation import Chat, Engine, Message
 
 MOST = 32

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lsp_server import suites
+from lsp_server.actions import suites
 
 
 def project(root: Path, files: dict[str, str]) -> Path:

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsp_server import surroundings
-from lsp_server.surroundings import Part
+from lsp_server.actions import surroundings
+from lsp_server.actions.surroundings import Part
 
 LINES = [f"line_{number} = {number}\n" for number in range(1000)]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_server import act, regions
+from lsp_server.actions import act, regions
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.settings import ActionSettings
 from prompts import library

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lsp_server.conversations import MOST, Conversations
+from lsp_server.actions.conversations import MOST, Conversations
+from lsp_server.actions.surroundings import Part
 from lsp_server.errors import Refusal
 from lsp_server.settings import ActionSettings
-from lsp_server.surroundings import Part
 from tests.scripted import FACTS, ScriptedEngine
 
 SETTINGS = ActionSettings(max_new_tokens=100)

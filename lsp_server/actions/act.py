@@ -13,13 +13,14 @@ from typing import Any
 from lsprotocol import types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lsp_server import context, extraction, guard, regions, surroundings, symbols
+from lsp_server import context
+from lsp_server.actions import extraction, guard, regions, surroundings, symbols
+from lsp_server.actions.regions import Region
+from lsp_server.actions.surroundings import Context, Part
 from lsp_server.anchors import with_newlines
 from lsp_server.errors import Refusal, Stale, Unusable
-from lsp_server.regions import Region
 from lsp_server.session import Document, Snapshot
 from lsp_server.settings import ActionSettings
-from lsp_server.surroundings import Context, Part
 from model_host.errors import EngineError
 from model_host.generation import Chat, Cost, Engine, Finish, Generation, Message, Priority, Request, Sampling
 from prompts import by_example

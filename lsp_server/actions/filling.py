@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from lsprotocol import types
 from pydantic import BaseModel, ConfigDict, Field
 
-from lsp_server import act, context, extraction, filters
-from lsp_server.act import Heard, Span
+from lsp_server import context, filters
+from lsp_server.actions import act, extraction
+from lsp_server.actions.act import Heard, Span
 from lsp_server.anchors import Anchors
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.session import Document, Snapshot, split_lines, units
