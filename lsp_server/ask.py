@@ -140,6 +140,7 @@ async def filled(engine: Engine, snapshot: Snapshot, prompt: Fim, settings: Inli
         sampling=Sampling(temperature=settings.temperature),
         priority=priority,
         reuse=Reuse(settings.reuse),
+        settle_s=settings.deadline_s,
     )
     async with engine.submit(request) as generation:
         raw, in_time = await read(generation, hole, settings.deadline_s)

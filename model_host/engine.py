@@ -35,6 +35,8 @@ CACHE_BYTES = 1 << 30
 DRAFT_TOKENS = 4
 PAUSE_S = 1.0
 """Whoever asks nothing for so long leaves time for keeping things."""
+CLOSE_CALL_NATS = 0.05
+"""About as much do shifted latents move the lead of one token over the next (docs/log.md): a smaller one is left to exact latents."""
 MAX_INEXACT = 8
 """So many prompts wait for being computed exactly."""
 CHUNK_S = 0.2
@@ -119,6 +121,7 @@ class Answer:
             finish=finish,
             cached_tokens=cached,
             shifted_tokens=shifted,
+            settled_tokens=self.sequence.settled,
             computed_tokens=max(done - cached - shifted, 0),
             new_tokens=self.new_tokens,
             queued_s=(self.started_at or ended_at) - self.submitted_at,
@@ -353,7 +356,10 @@ class LocalEngine:
         drafts = part.sequence.ids[len(part.sequence.ids) - part.sequence.drafted :]
         new: list[int] = []
         finish: Finish | None = None
+        is_open = False
         for place, row in enumerate(logits):
+            if is_open := self._is_open(answer, row):
+                break
             token, finish = self._said(answer, row)
             if finish is Finish.END:
                 break
@@ -367,15 +373,24 @@ class LocalEngine:
         self._scheduler.advance(part, new)
         if finish:
             self._end(answer, finish)
+        elif is_open:
+            self._scheduler.settle(part.sequence)
+
+    def _is_open(self, answer: Answer, logits: Tensor) -> bool:
+        """Whether exact latents have to choose among logits [V], and can in the time that the request gives them."""
+        if answer.sequence.is_exact or answer.sampler.lead(logits, self._allowed(answer)) >= CLOSE_CALL_NATS:
+            return False
+        return self._scheduler.missing(answer.sequence) * CHUNK_S / self._scheduler.chunk_tokens <= answer.request.settle_s
+
+    def _allowed(self, answer: Answer) -> Tensor | None:
+        """The ids that may come next; None: all."""
+        if answer.decoder.must_begin:
+            return torch.tensor(self._tokenizer.compatible(answer.decoder.must_begin))
+        return answer.guide.allowed() if answer.guide else None
 
     def _said(self, answer: Answer, logits: Tensor) -> tuple[int, Finish | None]:
         """Chooses one token from logits [V] and feeds its text; says whether the answer is finished with it."""
-        allowed = None
-        if answer.decoder.must_begin:
-            allowed = torch.tensor(self._tokenizer.compatible(answer.decoder.must_begin))
-        elif answer.guide:
-            allowed = answer.guide.allowed()
-        token = answer.sampler.choose(logits, allowed)
+        token = answer.sampler.choose(logits, self._allowed(answer))
         answer.new_tokens += 1
         answer.first_token_at = answer.first_token_at or time.monotonic()
         if answer.request.logprobs is not None:

@@ -5,6 +5,7 @@ in tests). Knows nothing of tokens' ids, caches or devices.
 """
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -55,7 +56,8 @@ class Reuse(StrEnum):
     EXACT = "exact"
     """Latents computed for the same tokens after the same tokens: the answer is that of a cold run."""
     SHIFTED = "shifted"
-    """Also latents of the same tokens after others, as after an edit above the cursor: nearly that."""
+    """Also latents of the same tokens after others, as after an edit above the cursor: nearly that. Where they leave a choice between two
+    tokens open, the exact ones are computed first (Request.settle_s)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,8 @@ class Request:
     likely: str = ""
     """How the answer may well go on, such as the rest of the last suggestion: verified, never taken on trust."""
     reuse: Reuse = Reuse.EXACT
+    settle_s: float = math.inf
+    """A greedy choice too close for shifted latents waits for exact ones, if they are expected within so long; else it falls as it may."""
     logprobs: int | None = None
     """With how many alternatives each token's log-probability is wanted; None: not at all."""
 
@@ -141,6 +145,8 @@ class Cost:
     """From the first new token to the last."""
     shifted_tokens: int = 0
     """Reused although they were computed after other tokens: with any, the answer is nearly that of a cold run, and may differ."""
+    settled_tokens: int = 0
+    """Prompt tokens that were computed exactly in the middle of the answer, because shifted ones left a choice open."""
     drafted_tokens: int = 0
     """Tokens that were guessed from the text and run beside the next one."""
     accepted_tokens: int = 0

@@ -4,6 +4,7 @@ Owns: the distribution. Knows nothing of text. A request's random numbers come f
 that the same request gives the same answer whatever else the engine does.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,20 @@ class Sampler:
         if s.repetition_penalty != 1:
             self._said.add(chosen)
         return chosen
+
+    def lead(self, logits: Tensor, allowed: Tensor | None = None) -> float:
+        """By how much, in nats, the token that `choose` would take is ahead of the next one; infinite where chance decides."""
+        s = self._sampling
+        if s.temperature > 0:
+            return math.inf
+        if s.repetition_penalty != 1:
+            logits = self._penalised(logits)
+        if allowed is not None:
+            logits = logits[allowed]
+        if len(logits) < 2:
+            return math.inf
+        first, second = logits.topk(2).values.tolist()
+        return float(first - second)
 
     def _penalised(self, logits: Tensor) -> Tensor:
         said = torch.tensor(sorted(self._said))

@@ -53,6 +53,8 @@ class Sequence:
     """Prompt tokens that were found in the cache, exactly, when it was admitted first; -1 before."""
     shifted: int = 0
     """Prompt tokens that were then taken over from elsewhere."""
+    settled: int = 0
+    """Prompt tokens that were computed exactly later on, before the sequence could go on."""
     admitted: bool = False
     was_delayed: bool = False
     """Whether it has waited for, or run beside, a chunk of a less urgent prompt."""
@@ -138,6 +140,16 @@ class Scheduler:
         if sequence.exact >= sequence.prompt_tokens:
             self._note(tuple(sequence.ids[: sequence.prompt_tokens]))
         self._give_back(sequence)
+
+    def missing(self, sequence: Sequence) -> int:
+        """How many of the sequence's ids have no exact latents anywhere."""
+        return len(sequence.ids) - len(self.pages_of(tuple(sequence.ids))) * PAGE_TOKENS
+
+    def settle(self, sequence: Sequence) -> None:
+        """Has a sequence begin anew with exact latents only, from those there are on; its ids stay."""
+        sequence.reuse = Reuse.EXACT
+        self._give_back(sequence)
+        sequence.settled = self.missing(sequence)
 
     @property
     def prompts(self) -> list[Ids]:

@@ -3,9 +3,9 @@
 Owns: finding long runs of equal ids in earlier prompts (wherever they stand now: an edit above moves them, a paste copies them), and
 how much round each run is computed all the same. Knows nothing of pages, latents or requests.
 
-Only the latents of the first layer depend on a token alone; those of the others have seen what stood before. So what follows an edit is
-computed for a while, and what the answer leans on most: the text on either side of the hole, and the prompt's end. How much of each
-was chosen by measurement (docs/log.md), as a share of the prompt, so that the whole stays below a tenth of it.
+Only the latents of the first layer depend on a token alone; those of the others have seen what stood before. So what the answer leans on
+most is computed: the text on either side of the hole, and the prompt's end. How much was chosen by measurement (docs/log.md), as a share of
+the prompt that stays below a tenth. What is still undecided after it is not for this module to settle (engine.CLOSE_CALL_NATS).
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,10 @@ from model_host.pages import Ids, shared
 GRAM_TOKENS = 12
 """Equal ids that make a run worth looking at. Runs are found by every GRAM_TOKENS-th place of a source, so those of twice as many are
 found for sure."""
-LEAD_SHARE, BEFORE_HOLE_SHARE, AFTER_HOLE_SHARE = 0.02, 0.05, 0.01
-"""Of the prompt's tokens. The lead is divided among the runs."""
+BEFORE_HOLE_SHARE, AFTER_HOLE_SHARE = 0.02, 0.06
+"""Of the prompt's tokens. Those behind the hole come next after the text above it, and say where the answer has to lead."""
 LEAST_NEAR_TOKENS = 16
-"""Of each of these, and of the prompt's end, at least so many."""
+"""At least so many there, and so many at the start of each run and at the prompt's end."""
 LEAST_TOKENS = 32
 """A run shorter than that is computed."""
 SAME_SHARE = 0.9
@@ -69,10 +69,9 @@ def runs(ids: Ids, start: int, sources: Sequence[Source], lengths: Sequence[int]
         else:
             found.append(run)
             start = place = run.stop
-    lead, before, after = (max(int(share * len(ids)), LEAST_NEAR_TOKENS) for share in (LEAD_SHARE, BEFORE_HOLE_SHARE, AFTER_HOLE_SHARE))
-    lead = max(lead // max(len(found), 1), LEAST_NEAR_TOKENS)
+    before, after = (max(int(share * len(ids)), LEAST_NEAR_TOKENS) for share in (BEFORE_HOLE_SHARE, AFTER_HOLE_SHARE))
     near = [] if hole is None else [range(hole - before, hole + 1 + after)]
-    parts = (part for run in found for part in _without(run, [range(run.start, run.start + lead), *near]))
+    parts = (part for run in found for part in _without(run, [range(run.start, run.start + LEAST_NEAR_TOKENS), *near]))
     return tuple(part for part in parts if part.tokens >= LEAST_TOKENS)
 
 

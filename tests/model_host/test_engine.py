@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_host import engine as engine_module
 from model_host.checkpoints import STARTER
 from model_host.engine import LocalEngine, load_engine
 from model_host.errors import EngineClosed, RequestError
@@ -112,6 +113,27 @@ async def test_after_an_edit_above_the_cursor_little_is_computed_and_at_rest_it_
     assert after == wanted
     assert rested.shifted_tokens == 0 and rested.computed_tokens <= 8
     assert rested.cached_tokens + rested.computed_tokens == cost.computed_tokens
+
+
+async def test_a_choice_too_close_for_shifted_latents_waits_for_exact_ones_if_there_is_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_module, "CLOSE_CALL_NATS", 2.0)
+    running, cold = fresh(), fresh()
+    edited = replace(hole("    def st", prefix=LONG.replace("value * 7\n", "value * 7 + self.offset\n"), tokens=24), reuse=Reuse.SHIFTED)
+    try:
+        await ask(running, hole("    def st", prefix=LONG))
+        settled, cost = await ask(running, edited)
+        wanted, _ = await ask(cold, replace(edited, reuse=Reuse.OFF))
+        await asyncio.to_thread(running.rested.wait, 60)
+        _, again = await ask(running, edited)
+        other = replace(edited.prompt, prefix=LONG.replace("value * 9\n", "9\n"))
+        _, hurried = await ask(running, replace(edited, prompt=other, settle_s=0))
+    finally:
+        running.close()
+        cold.close()
+    assert hurried.reuse is Reuse.SHIFTED and hurried.settled_tokens == 0
+    assert settled == wanted
+    assert cost.reuse is Reuse.SHIFTED and cost.shifted_tokens > 0 and cost.settled_tokens > 0
+    assert again.reuse is Reuse.EXACT and again.settled_tokens == 0
 
 
 async def test_whoever_wants_exact_answers_gets_them_beside_those_who_do_not(engine: LocalEngine):
