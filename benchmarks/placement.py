@@ -61,11 +61,12 @@ def native(folder: Path, precision: str) -> StepModel:
 
 def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> SpreadModel:
     """All but the experts on the first device, the experts divided evenly over the processes."""
-    experts = ModelConfig.read(folder).n_routed_experts or 0
+    config = ModelConfig.read(folder)
+    experts = config.n_routed_experts or 0
     shares = [
         Share(
             device=Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0),
-            computes_the_rest=rank == 0,
+            layers=range(0 if rank else config.num_hidden_layers),
             experts=range(experts * rank // ranks, experts * (rank + 1) // ranks),
             weight_bytes=0,
         )
@@ -74,9 +75,11 @@ def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) 
     compute = torch.bfloat16 if precision in BITS else getattr(torch, precision)
     threads = max(THREADS // ranks, 1)
     torch.set_num_threads(THREADS)
-    return load_spread(
+    model = load_spread(
         folder, shares, precision=precision, dtype=compute, threads=threads, kernels=kernels, progress=lambda what, share: None
     )  # fmt: skip
+    assert isinstance(model, SpreadModel)
+    return model
 
 
 def owned_bytes() -> int:
