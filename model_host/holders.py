@@ -138,7 +138,7 @@ def load_spread(
     ]
     assert len(bearing) == 1 or not posts
     how: dict[str, Any] = {"precision": precision, "dtype": dtype, "threads": threads, "kernels": kernels}
-    ranks = Ranks(folder, config, posts, **how) if posts else None
+    ranks = Ranks(folder, config, posts, home=torch.device(bearing[0].device.name), **how) if posts else None
     try:
         if ranks is not None:
             ranks.start(progress)

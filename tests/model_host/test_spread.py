@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -30,7 +31,7 @@ from model_host.native.model import NativeExperts
 from model_host.pages import pages_for
 from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS, Device, Share, groups, working_bytes
 from model_host.quantized import PackedLinear, Stack, linears, pack, unpack
-from model_host.ranks import Post, Ranks
+from model_host.ranks import ConnectionLost, Post, Ranks, Wire, meet
 from tests.model_host import twins
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def spread_over(folder: Path, precision: str, world: int, kernels: str = "torch"
     experts = ModelConfig.read(folder).n_routed_experts or 0
     cuts = [0, *(experts * rank // (world + 1) + rank for rank in range(1, world)), experts]
     posts = [Post(device="cpu", first=a, stop=b) for a, b in pairwise(cuts[1:])]
-    ranks = Ranks(folder, ModelConfig.read(folder), posts, precision=precision, dtype=torch.float32, threads=1, kernels=kernels)
+    ranks = Ranks(folder, ModelConfig.read(folder), posts, home=CPU, precision=precision, dtype=torch.float32, threads=1, kernels=kernels)
     return assembled(folder, precision, [held(folder, range(cuts[1]), precision, kernels)], ranks)
 
 
@@ -269,10 +270,56 @@ def test_a_process_that_fails_in_a_step_brings_its_traceback_home(
     assert len(greedy(model, new=1)[0]) == 1
 
 
+def test_a_rank_that_waits_for_one_that_is_gone_and_is_not_told_looks_itself():
+    """As with NCCL, whose waiting never ends then. gloo's group, which is asked in the same words, shows what is complete."""
+    with tempfile.TemporaryDirectory() as folder:
+        group, _ = meet(Path(folder), 0, 1, "gloo")
+        wire = Wire(group, "nccl", CPU, lambda: False)
+        assert torch.equal(wire.reduce(torch.ones(2)), torch.ones(2)), "what is complete is taken"
+        aborted = []
+
+        class Forever:
+            def is_completed(self) -> bool:
+                return False
+
+        class Stuck:
+            def broadcast(self, tensor: Tensor, root: int) -> Forever:
+                return Forever()
+
+            reduce = broadcast
+
+            def abort(self) -> None:
+                aborted.append(True)
+
+        with pytest.raises(ConnectionLost, match="a process has ended"):
+            Wire(Stuck(), "nccl", CPU, lambda: True).broadcast(torch.ones(2))
+        assert aborted
+
+
+@pytest.mark.parametrize(
+    ("home", "posts", "backend"),
+    [
+        ("cuda:0", ("cuda:1", "cuda:2"), "nccl"),
+        ("cuda:0", ("cuda:0",), "gloo"),
+        ("cuda:0", ("cuda:1", "cpu"), "gloo"),
+        ("cpu", ("cpu",), "gloo"),
+    ],
+)
+def test_nccl_is_taken_where_every_rank_has_a_card_of_its_own(
+    home: str, posts: tuple[str, ...], backend: str, one_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    ranks = Ranks(
+        one_folder, ModelConfig.read(one_folder), [Post(device=post, first=0, stop=1) for post in posts], home=torch.device(home),
+        precision="float32", dtype=torch.float32, threads=1, kernels="torch",
+    )  # fmt: skip
+    assert ranks._backend == backend
+
+
 def test_a_process_that_cannot_start_says_why(one_folder: Path, tmp_path: Path):
     broken = Ranks(
-        tmp_path / "nowhere", ModelConfig.read(one_folder), [Post(device="cpu", first=0, stop=3)], precision="float32", dtype=torch.float32,
-        threads=1, kernels="torch",
+        tmp_path / "nowhere", ModelConfig.read(one_folder), [Post(device="cpu", first=0, stop=3)], home=CPU, precision="float32",
+        dtype=torch.float32, threads=1, kernels="torch",
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 could not start: Traceback.*holds no config.json"):
         broken.begin(1)
