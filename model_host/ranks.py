@@ -128,8 +128,8 @@ class Ranks:
         """`home` is the device of rank 0."""
         self._folder, self._config, self._posts = folder, config, posts
         self._precision, self._dtype, self._threads, self._kernels = precision, dtype, threads, kernels
-        cards = {home.type + str(home.index), *(post.device.replace(":", "") for post in posts)}
-        apart = len(cards) == len(posts) + 1 and all(card.startswith("cuda") for card in cards)  # NCCL wants a card for each rank
+        cards = {(device.type, device.index or 0) for device in (home, *(torch.device(post.device) for post in posts))}
+        apart = len(cards) == len(posts) + 1 and all(kind == "cuda" for kind, _ in cards)  # NCCL wants a card for each rank
         self._home, self._backend = home, "nccl" if apart and dist.is_nccl_available() else "gloo"
         self._workers: list[Worker] = []
         self._meeting: tempfile.TemporaryDirectory[str] | None = None

@@ -301,6 +301,7 @@ def test_a_rank_that_waits_for_one_that_is_gone_and_is_not_told_looks_itself():
     [
         ("cuda:0", ("cuda:1", "cuda:2"), "nccl"),
         ("cuda:0", ("cuda:0",), "gloo"),
+        ("cuda", ("cuda",), "gloo"),
         ("cuda:0", ("cuda:1", "cpu"), "gloo"),
         ("cpu", ("cpu",), "gloo"),
     ],
