@@ -1,12 +1,13 @@
 """llama.cpp as a peer, where llama-cpp-python and gguf are installed (`pip install llama-cpp-python gguf`): the same shape with random
-weights, written as a GGUF file without a vocabulary.
+weights, written as a GGUF file without a vocabulary; and checkpoints of this family as GGUF files.
 
 Owns: the names that llama.cpp gives to a DeepSeek-V2 model. kv_b_proj is stored in two parts, as its absorbed attention wants them.
 """
 
 import ctypes
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from model_host.checkpoints import hub_shapes
 from model_host.config import ModelConfig
 
+Numbers = NDArray[np.float32]
 PRECISIONS = ("float32", "q8_0")
 OF_LAYER = {
     "input_layernorm": "attn_norm",
@@ -52,7 +54,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
-            self.weight_bytes = write(config, precision, file)
+            self.weight_bytes = write(config, precision, file, drawn(config))
             wanted = llama_cpp.llama_model_default_params()
             wanted.use_mmap = False
             self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), wanted)
@@ -80,11 +82,12 @@ class LlamaCpp:
         self._next = int(logits.argmax())
 
 
-def write(config: ModelConfig, precision: str, file: Path) -> int:
-    """Writes a GGUF file of random weights with unit gain; returns the bytes of its tensors."""
+def write(config: ModelConfig, precision: str, file: Path, weights: Iterable[tuple[str, Numbers]], tokenizer: Path | None = None) -> int:
+    """Writes a GGUF file of weights by the hub's names, without a vocabulary or with that of a tokenizer.json; returns the bytes of its
+    tensors. Not for low-rank queries."""
     import gguf  # noqa: PLC0415
 
-    assert config.q_lora_rank is None and config.yarn is None
+    assert config.q_lora_rank is None
     out = gguf.GGUFWriter(str(file), "deepseek2")
     latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
     numbers = {
@@ -114,10 +117,20 @@ def write(config: ModelConfig, precision: str, file: Path) -> int:
     out.add_float32("deepseek2.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     out.add_float32("deepseek2.rope.freq_base", config.rope_theta)
     out.add_float32("deepseek2.expert_weights_scale", config.routed_scaling_factor)
-    out.add_string("tokenizer.ggml.model", "no_vocab")
+    if config.yarn:
+        out.add_string("deepseek2.rope.scaling.type", "yarn")
+        out.add_float32("deepseek2.rope.scaling.factor", config.yarn.factor)
+        out.add_uint32("deepseek2.rope.scaling.original_context_length", config.yarn.original_max_position_embeddings)
+        out.add_float32("deepseek2.rope.scaling.yarn_beta_fast", config.yarn.beta_fast)
+        out.add_float32("deepseek2.rope.scaling.yarn_beta_slow", config.yarn.beta_slow)
+        out.add_float32("deepseek2.rope.scaling.yarn_log_multiplier", 0.1 * config.yarn.mscale_all_dim)
+    if tokenizer is None:
+        out.add_string("tokenizer.ggml.model", "no_vocab")
+    else:
+        _write_vocabulary(out, config, json.loads(tokenizer.read_text("utf-8")))
     total = 0
     q8 = gguf.GGMLQuantizationType.Q8_0
-    for name, numbers_of in tensors(config):
+    for name, numbers_of in renamed(config, weights):
         small = numbers_of.ndim == 1 or "ffn_gate_inp" in name
         if precision == "q8_0" and not small:
             packed = gguf.quants.quantize(numbers_of, q8)
@@ -133,27 +146,60 @@ def write(config: ModelConfig, precision: str, file: Path) -> int:
     return total
 
 
-def tensors(config: ModelConfig) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Every tensor by llama.cpp's name; the experts of a layer in one."""
+def _write_vocabulary(out: Any, config: ModelConfig, content: dict[str, Any]) -> None:
+    """The tokens of a tokenizer.json of this family, and which of them are special."""
+    ids = dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in content["added_tokens"]}
+    names = {number: name for name, number in ids.items()}
+    special = {token["id"] for token in content["added_tokens"]}
+    out.add_string("tokenizer.ggml.model", "gpt2")
+    out.add_string("tokenizer.ggml.pre", "deepseek-llm")
+    out.add_array("tokenizer.ggml.tokens", [names.get(number, f"[unused {number}]") for number in range(config.vocab_size)])
+    out.add_array(
+        "tokenizer.ggml.token_type", [3 if number in special or number not in names else 1 for number in range(config.vocab_size)]
+    )
+    merges = content["model"]["merges"]
+    out.add_array("tokenizer.ggml.merges", [merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    assert isinstance(config.eos_token_id, int)
+    for key, number in {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "fim_pre_token_id": ids["<｜fim▁begin｜>"],
+        "fim_suf_token_id": ids["<｜fim▁hole｜>"],
+        "fim_mid_token_id": ids["<｜fim▁end｜>"],
+    }.items():
+        out.add_uint32(f"tokenizer.ggml.{key}", number)
+    out.add_bool("tokenizer.ggml.add_bos_token", True)
+
+
+def drawn(config: ModelConfig) -> Iterator[tuple[str, Numbers]]:
+    """Random weights with unit gain."""
     chance = np.random.default_rng(0)
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
-    nope, value = config.qk_nope_head_dim, config.v_head_dim
+    for name, shape in hub_shapes(config):
+        gain = np.float32(shape[-1] ** -0.5)
+        yield name, np.ones(shape, np.float32) if len(shape) == 1 else chance.standard_normal(shape, dtype=np.float32) * gain
 
-    def drawn(*shape: int) -> NDArray[np.float32]:
-        return chance.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
 
-    for hub_name, shape in hub_shapes(config):
+def renamed(config: ModelConfig, weights: Iterable[tuple[str, Numbers]]) -> Iterator[tuple[str, Numbers]]:
+    """Every tensor by llama.cpp's name; the experts of a layer in one."""
+    heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+    experts: dict[str, list[Numbers]] = {}
+    for hub_name, numbers in weights:
         stem = hub_name.removesuffix(".weight")
         if stem in GLOBAL:
-            yield f"{GLOBAL[stem]}.weight", np.ones(shape, np.float32) if len(shape) == 1 else drawn(*shape)
+            yield f"{GLOBAL[stem]}.weight", numbers
             continue
         _, _, layer, part = stem.split(".", 3)
         if part == "self_attn.kv_b_proj":
-            yield f"blk.{layer}.attn_k_b.weight", drawn(heads, latent, nope)
-            yield f"blk.{layer}.attn_v_b.weight", drawn(heads, value, latent)
+            by_head = numbers.reshape(heads, -1, config.kv_lora_rank)
+            yield f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(by_head[:, :nope].transpose(0, 2, 1))
+            yield f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(by_head[:, nope:])
         elif part.startswith("mlp.experts."):
             _, _, expert, kind = part.split(".")
-            if expert == "0":
-                yield f"blk.{layer}.ffn_{kind.removesuffix('_proj')}_exps.weight", drawn(config.n_routed_experts or 0, *shape)
+            name = f"blk.{layer}.ffn_{kind.removesuffix('_proj')}_exps.weight"
+            held = experts.setdefault(name, [np.empty(0, np.float32)] * (config.n_routed_experts or 0))
+            held[int(expert)] = numbers
+            if all(len(one) for one in held):
+                yield name, np.stack(experts.pop(name))
         else:
-            yield f"blk.{layer}.{OF_LAYER[part]}.weight", np.ones(shape, np.float32) if len(shape) == 1 else drawn(*shape)
+            yield f"blk.{layer}.{OF_LAYER[part]}.weight", numbers
+    assert not experts, "experts are missing"

@@ -4,7 +4,8 @@ A checkpoint with random weights is written to a temporary folder and loaded by 
 the process at most while loading over what the weights take, the time over that of a plain read of the files (from the system's cache, as
 the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then the plain torch model
 with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the bandwidth that the
-same run measures.
+same run measures. Last the same model with its layers in 2 and 4 parts, one after the other in one process. NF4 is measured by
+benchmarks.formats.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from model_host.batch import Span, Step
 from model_host.catalogue import Precision
 from model_host.checkpoints import checked_shards
 from model_host.config import ModelConfig
-from model_host.holders import SpreadModel, load_spread
-from model_host.latents import LatentPool
+from model_host.holders import LayeredModel, SpreadModel, load_spread
+from model_host.latents import LatentPool, LayeredPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeModel, random_weights
 from model_host.pages import pages_for
@@ -59,20 +60,32 @@ def native(folder: Path, precision: str) -> StepModel:
     return NativeModel.load(folder, precision, lambda what, share: None, THREADS)
 
 
-def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> SpreadModel:
+def cuts(whole: int, parts: int) -> list[range]:
+    return [range(whole * part // parts, whole * (part + 1) // parts) for part in range(parts)]
+
+
+def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> SpreadModel | LayeredModel:
     """All but the experts on the first device, the experts divided evenly over the processes."""
-    experts = ModelConfig.read(folder).n_routed_experts or 0
-    shares = [
-        Share(
-            device=Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0),
-            computes_the_rest=rank == 0,
-            experts=range(experts * rank // ranks, experts * (rank + 1) // ranks),
-            weight_bytes=0,
-        )
-        for rank in range(ranks)
-    ]
+    config = ModelConfig.read(folder)
+    own = cuts(config.n_routed_experts or 0, ranks)
+    divided = [(range(0 if rank else config.num_hidden_layers), experts) for rank, experts in enumerate(own)]
+    return loaded(folder, divided, precision, device, kernels, max(THREADS // ranks, 1))
+
+
+def layered(folder: Path, precision: str, device: str, parts: int, kernels: str) -> SpreadModel | LayeredModel:
+    """The layers divided evenly over parts on one device."""
+    config = ModelConfig.read(folder)
+    divided = [(layers, range(config.n_routed_experts or 0)) for layers in cuts(config.num_hidden_layers, parts)]
+    return loaded(folder, divided, precision, device, kernels, THREADS)
+
+
+def loaded(
+    folder: Path, divided: list[tuple[range, range]], precision: str, device: str, kernels: str, threads: int
+) -> SpreadModel | LayeredModel:
+    """With such layers and experts on each device."""
+    place = Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0)
+    shares = [Share(device=place, layers=layers, experts=experts, weight_bytes=0) for layers, experts in divided]
     compute = torch.bfloat16 if precision in BITS else getattr(torch, precision)
-    threads = max(THREADS // ranks, 1)
     torch.set_num_threads(THREADS)
     return load_spread(
         folder, shares, precision=precision, dtype=compute, threads=threads, kernels=kernels, progress=lambda what, share: None
@@ -104,9 +117,10 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
     loaded.set()
     sampler.join()
     pages = pages_for(CONTEXT_TOKENS)
-    latents = LatentPool(model.config, pages, model.latent_dtype, model.device)
-    latents.c_kv.normal_()
-    latents.k_pe.normal_()
+    latents = model.pool(pages) if isinstance(model, LayeredModel) else LatentPool(model.config, pages, model.latent_dtype, model.device)
+    for part in latents.parts if isinstance(latents, LayeredPool) else (latents,):
+        part.c_kv.normal_()
+        part.k_pe.normal_()
     step = Step(ids=(1,), spans=(Span(tokens=1, context=CONTEXT_TOKENS, pages=tuple(range(pages))),), wanted=(0,))
     times = []
     for number in range(STEPS):
@@ -181,6 +195,9 @@ def main() -> None:
         for ranks in (1, 2, 4):
             found = alone(partial(spread, folder, "bfloat16", arguments.device, ranks, "auto"))
             metrics[f"ranks_{ranks}_decode_tokens_per_s"] = found["decode_tokens_per_s"]
+        for parts in (2, 4):
+            found = alone(partial(layered, folder, "bfloat16", arguments.device, parts, "auto"))
+            metrics[f"layers_in_{parts}_decode_tokens_per_s"] = found["decode_tokens_per_s"]
     report("placement", metrics, tuple(goal for goal in GOALS if goal.metric in metrics))
 
 

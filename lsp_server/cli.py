@@ -25,7 +25,7 @@ from lsp_server.host import Host, remote_endpoint
 from lsp_server.languages import language_of
 from lsp_server.server import create_server
 from lsp_server.session import Document, Encoding
-from lsp_server.settings import Settings, merge, user_file, user_settings
+from lsp_server.settings import INSTEAD, Settings, merge, user_file, user_settings
 from model_host.errors import EngineError
 from model_host.generation import Facts
 from prompts import library
@@ -217,7 +217,8 @@ def doctor(
         return
     if model or devices:
         if dtype not in PLANNED:
-            raise typer.BadParameter(f"{dtype!r} is none of {', '.join(PLANNED)}.", param_hint="--dtype")
+            instead = f"; {INSTEAD[dtype]} comes nearest to it" if dtype in INSTEAD else ""
+            raise typer.BadParameter(f"{dtype!r} is none of {', '.join(PLANNED)}{instead}.", param_hint="--dtype")
         name = model or merge(user_settings()[0])[0].model
         show_plan(console, importlib.import_module("model_host.inspection").placed(name, devices, dtype, context))
         return

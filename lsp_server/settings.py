@@ -12,10 +12,10 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
@@ -77,6 +77,19 @@ class RemoteSettings(Part):
     stall_s: float = Field(default=20.0, gt=0, le=3600, description="How long it may be silent within an answer.")
 
 
+INSTEAD = {"nf4": "int4", "fp4": "int4", "4bit": "int4", "q4_k_m": "int4", "fp8": "int8", "8bit": "int8", "q8_0": "int8"}
+"""Formats that other engines have, and what takes about as much memory here and loses about as little."""
+
+
+def of_this_engine(dtype: Any) -> Any:
+    """Raises ValueError for a format of other engines, with what to choose."""
+    if instead := INSTEAD.get(dtype) if isinstance(dtype, str) else None:
+        raise ValueError(
+            f"weights are not held as {dtype} here: choose {instead}, which takes about as much memory and loses about as little"
+        )
+    return dtype
+
+
 class Settings(Part):
     """All settings of the server."""
 
@@ -86,7 +99,7 @@ class Settings(Part):
     chat_model: str = Field(default="", description="Another checkpoint for actions and chat, loaded when first needed; empty: the same.")
     chat_idle_s: float = Field(default=900.0, ge=1, description="chat_model is let go when nobody asked it for so long.")
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"], BeforeValidator(of_this_engine)] = Field(
         default="auto", description="Type of the weights in memory."
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the engine; 0 takes as many as prove fastest.")

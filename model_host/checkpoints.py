@@ -8,7 +8,7 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from model_host.shards import Shard, shards
 STARTER = Path(__file__).parent / "starter" / "checkpoint"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json", "*.jinja"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 READABLE = ("BF16", "F16", "F32", "F64")
 """Types of weights in files; each is converted to the one that is computed with."""
 
@@ -66,6 +67,16 @@ def tensors(parts: list[Shard], progress: Progress) -> Iterator[tuple[str, Tenso
             raise CheckpointError(f"{part.file} cannot be read ({error}): download this shard again.") from error
 
 
+def of_layers(weights: Iterable[tuple[str, Tensor]], layers: range) -> Iterator[tuple[str, Tensor]]:
+    """Those of some layers by the names that they have in a model of these alone, and those of no layer."""
+    for name, tensor in weights:
+        match = LAYER.match(name)
+        if match is None:
+            yield name, tensor
+        elif int(match[1]) in layers:
+            yield f"model.layers.{int(match[1]) - layers.start}.{name[match.end() :]}", tensor
+
+
 def choose_device(wanted: str) -> torch.device:
     """`wanted`, or for "auto" the first CUDA device, else the CPU."""
     try:
@@ -99,10 +110,10 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def outline(config: ModelConfig) -> Model:
+def outline(config: ModelConfig, *, begins: bool = True, ends: bool = True) -> Model:
     """The model without memory: names and shapes."""
     with torch.device("meta"), _Unfilled():
-        return Model(config)
+        return Model(config, begins=begins, ends=ends)
 
 
 def allocate(model: Model, device: torch.device, dtype: torch.dtype) -> None:
@@ -190,6 +201,8 @@ def destinations_in(model: Model) -> Iterator[tuple[str, Tensor]]:
     """For every tensor name of a hub checkpoint, the (slice of a) parameter it is copied to."""
     for name, parameter in model.named_parameters():
         hub_name = name if name.startswith("lm_head") else f"model.{name}"
+        if hub_name == "lm_head.weight" and model.config.tie_word_embeddings:  # of layers that end a model and do not begin it
+            hub_name = "model.embed_tokens.weight"
         stem, _, kind = hub_name.rpartition(".")
         if stem.endswith(".experts"):
             for expert, matrix in enumerate(parameter):

@@ -127,6 +127,11 @@ class ModelConfig(BaseModel):
             what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
             raise CheckpointError(f"{file} describes a model that is not supported ({what}).") from error
 
+    def of(self, layers: range) -> Self:
+        """What describes a model of some of the layers alone, counted from 0."""
+        dense = min(max(self.first_k_dense_replace - layers.start, 0), len(layers))
+        return self.model_copy(update={"num_hidden_layers": len(layers), "first_k_dense_replace": dense})
+
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim

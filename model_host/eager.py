@@ -22,9 +22,8 @@ class EagerModel:
 
     def __init__(self, model: Model) -> None:
         self.model, self.config = model, model.config
-        weight = model.lm_head.weight
-        self.device, self.latent_dtype = weight.device, weight.dtype
-        self.precision = str(weight.dtype).removeprefix("torch.")
+        self.device, self.latent_dtype = model.device, model.dtype
+        self.precision = str(model.dtype).removeprefix("torch.")
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.short_tokens = 1
 
@@ -32,10 +31,10 @@ class EagerModel:
         self.short_tokens = self._measured_short_tokens(latents)
 
     @torch.inference_mode()
-    def forward(self, step: Step, latents: LatentPool) -> Tensor:
-        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab]."""
-        logits: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents)
-        return logits
+    def forward(self, step: Step, latents: LatentPool, x: Tensor | None = None) -> Tensor:
+        """Runs `step`, writes its tokens' latents, and returns float32 logits [wanted, vocab]; x as in `Model.forward`."""
+        out: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents, x)
+        return out
 
     @torch.inference_mode()
     def _measured_short_tokens(self, latents: LatentPool) -> int:
@@ -50,7 +49,7 @@ class EagerModel:
             took = {True: 0.0, False: 0.0}
             for is_short in (True, False, True, False):
                 layout = Layout.of(step, self.device, tokens if is_short else 0)
-                x = self.model.embed_tokens(layout.ids)
+                x = torch.zeros(tokens, self.config.hidden_size, dtype=self.latent_dtype, device=self.device)
                 rotation = self.model.rotation(layout.positions)
                 started = self._clock()
                 block.self_attn(x, rotation, 0, latents, layout)

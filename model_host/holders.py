@@ -1,9 +1,10 @@
-"""Reads a model's experts into whoever holds them: compiled kernels on a CPU, torch elsewhere; and a whole model of such parts.
+"""Reads a model's experts into whoever holds them: compiled kernels on a CPU, torch elsewhere; and a whole model of such parts, its
+layers on one device or on several.
 
 Owns: which form holds experts on a device, and that every tensor goes from its file into one place, packed on the way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from model_host.batch import Step
-from model_host.checkpoints import allocate, checked_shards, destinations_in, outline, tensors
+from model_host.checkpoints import allocate, checked_shards, destinations_in, of_layers, outline, tensors
 from model_host.config import ModelConfig
 from model_host.eager import EagerModel
 from model_host.errors import EngineError
@@ -21,7 +22,7 @@ from model_host.experts import Held, Spread, SpreadLayer, TorchExperts, sinks
 from model_host.generation import Progress
 from model_host.gpu.model import GpuModel
 from model_host.hot import HotExperts, ReadExpert
-from model_host.latents import LatentPool
+from model_host.latents import LatentPool, LayeredPool
 from model_host.models.deepseek_v2 import Model, MoE
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeExperts
@@ -44,9 +45,13 @@ def load_experts(
     threads: int,
     kernels: str,
     progress: Progress,
+    layers: range | None = None,
 ) -> Held:
-    """The experts in `held` of the checkpoint in `folder`. Raises CheckpointError."""
+    """The experts in `held` of all layers of the checkpoint in `folder`, or of some, which are counted from 0 then. Raises
+    CheckpointError."""
     weights = tensors(checked_shards(folder, config), progress)
+    if layers is not None:
+        weights, config = of_layers(weights, layers), config.of(layers)
     if device.type == "cpu" and kernels == "auto" and why_unavailable() is None:
         return NativeExperts(config, weights, precision, held, threads)
     here = TorchExperts(config, held, precision, dtype, device)
@@ -58,22 +63,38 @@ def load_experts(
 
 
 def load_dense(
-    folder: Path, config: ModelConfig, spread: Spread, *, precision: str, dtype: torch.dtype, device: torch.device, progress: Progress
+    folder: Path,
+    config: ModelConfig,
+    spread: Spread,
+    *,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    layers: range | None = None,
 ) -> Model:
-    """The model of `folder` whose routed experts are those of `spread`, with everything else on `device`. Raises CheckpointError."""
-    parts = checked_shards(folder, config)
-    model = empty_dense(config, spread, precision=precision, dtype=dtype, device=device)
+    """The model of `folder`, or some layers of it, whose routed experts are those of `spread`, with everything else on `device`. Raises
+    CheckpointError."""
+    weights = tensors(checked_shards(folder, config), progress)
+    if layers is not None:
+        weights = of_layers(weights, layers)
+    model = empty_dense(config, spread, layers, precision=precision, dtype=dtype, device=device)
     places: dict[str, Callable[[Tensor], object]] = {name: place.copy_ for name, place in destinations_in(model)}
     places |= {f"model.{name}.weight": module.put for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    for name, tensor in tensors(parts, progress):
+    for name, tensor in weights:
         if name in places:
             places[name](tensor)
     return model.eval()
 
 
-def empty_dense(config: ModelConfig, spread: Spread, *, precision: str, dtype: torch.dtype, device: torch.device) -> Model:
+def empty_dense(
+    config: ModelConfig, spread: Spread, layers: range | None = None, *, precision: str, dtype: torch.dtype, device: torch.device
+) -> Model:
     """The same, its memory not filled."""
-    model = outline(config)
+    if layers is None:
+        model = outline(config)
+    else:
+        model = outline(config.of(layers), begins=layers.start == 0, ends=layers.stop == config.num_hidden_layers)
     for layer, block in enumerate(model.blocks()):
         if isinstance(block.mlp, MoE):
             setattr(block.mlp, "experts", SpreadLayer(spread, layer))  # noqa: B010  it only has to be called like one
@@ -103,49 +124,63 @@ def load_spread(
     threads: int,
     kernels: str,
     progress: Progress,
-) -> "SpreadModel":
-    """The model of `folder` as a plan divides it: the first share's device computes all but the experts, the CPU holds its experts in
-    this process, other GPUs in processes of their own. Raises CheckpointError, EngineError."""
+) -> "SpreadModel | LayeredModel":
+    """The model of `folder` as a plan divides it: layers on the devices of the shares that have some, in this process; experts there,
+    in the CPU's memory, and, where one device has all layers, on other GPUs in processes of their own. Raises CheckpointError,
+    EngineError."""
     config = ModelConfig.read(folder)
-    device = torch.device(shares[0].device.name)
-    here = [share for share in shares if share is shares[0] or share.device.kind == "cpu"]
+    bearing = [share for share in shares if share.layers]
+    on_cpu = [share for share in shares if not share.layers and share.device.kind == "cpu"]
     posts = [
         Post(device=share.device.name, first=share.experts.start, stop=share.experts.stop)
         for share in shares
-        if not any(share is own for own in here)
+        if not share.layers and share.device.kind == "gpu"
     ]
+    assert len(bearing) == 1 or not posts
     how: dict[str, Any] = {"precision": precision, "dtype": dtype, "threads": threads, "kernels": kernels}
-    ranks = Ranks(folder, config, posts, **how) if posts else None
+    ranks = Ranks(folder, config, posts, home=torch.device(bearing[0].device.name), **how) if posts else None
     try:
         if ranks is not None:
             ranks.start(progress)
-        held = [
-            load_experts(folder, config, share.experts, device=torch.device(share.device.name), progress=progress, **how) for share in here
-        ]
-        spread = Spread(held, ranks)
-        model = load_dense(folder, config, spread, precision=precision, dtype=dtype, device=device, progress=progress)
+        parts = [_part(folder, config, [share, *on_cpu], ranks, how, progress) for share in bearing]
     except BaseException:
         if ranks is not None:
             ranks.close()
         raise
-    hot = HotExperts(config, held[0], held[1], expert_reader(folder, config), device) if len(held) == 2 else None
+    return parts[0] if len(parts) == 1 else LayeredModel(config, parts)
+
+
+def _part(
+    folder: Path, config: ModelConfig, shares: Sequence[Share], ranks: Ranks | None, how: Mapping[str, Any], progress: Progress
+) -> "SpreadModel":
+    """The layers of the first share, with their experts in the devices of all of them and in the processes of `ranks`."""
+    layers, device = shares[0].layers, torch.device(shares[0].device.name)
+    held = [
+        load_experts(folder, config, share.experts, device=torch.device(share.device.name), progress=progress, layers=layers, **how)
+        for share in shares
+    ]
+    spread = Spread(held, ranks)
+    precision, dtype = how["precision"], how["dtype"]
+    model = load_dense(folder, config, spread, precision=precision, dtype=dtype, device=device, progress=progress, layers=layers)
+    hot = None
+    if len(held) == 2:
+        hot = HotExperts(config.of(layers), held[0], held[1], expert_reader(folder, config, layers.start), device)
     return SpreadModel(model, spread, precision, ranks, hot)
 
 
 def stepping(model: Model, *, is_whole: bool = True) -> GpuModel | EagerModel:
     """Captured graphs for a model of which all lies on one GPU, where Triton is; else plain torch."""
-    on_gpu = model.lm_head.weight.device.type == "cuda"
-    return GpuModel(model) if is_whole and on_gpu and find_spec("triton") else EagerModel(model)
+    return GpuModel(model) if is_whole and model.device.type == "cuda" and find_spec("triton") else EagerModel(model)
 
 
-def expert_reader(folder: Path, config: ModelConfig) -> ReadExpert:
-    """Reads single experts from the files of `folder`."""
+def expert_reader(folder: Path, config: ModelConfig, first_layer: int = 0) -> ReadExpert:
+    """Reads single experts from the files of `folder`, layers counted from the first one."""
     files = {tensor.name: part.file for part in checked_shards(folder, config) for tensor in part.tensors}
 
     def read(layer: int, expert: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for kind in ("gate_proj", "up_proj", "down_proj"):
-            name = f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight"
+            name = f"model.layers.{first_layer + layer}.mlp.experts.{expert}.{kind}.weight"
             with safe_open(files[name], framework="pt") as opened:
                 found[kind] = opened.get_tensor(name)
         return found
@@ -154,7 +189,7 @@ def expert_reader(folder: Path, config: ModelConfig) -> ReadExpert:
 
 
 class SpreadModel:
-    """A model whose experts lie on several devices or in fewer bits. Satisfies model_host.runner.StepModel."""
+    """A model, or some layers of one, whose experts lie on several devices or in fewer bits. Satisfies model_host.runner.StepModel."""
 
     def __init__(self, model: Model, spread: Spread, precision: str, ranks: Ranks | None = None, hot: HotExperts | None = None) -> None:
         self._stepping = stepping(model, is_whole=spread.whole is not None)
@@ -169,24 +204,25 @@ class SpreadModel:
     def prepare(self, latents: LatentPool) -> None:
         self._stepping.prepare(latents)
 
-    def forward(self, step: Step, latents: LatentPool) -> Tensor:
-        """Float32 logits [wanted, vocab] of the step, on the device."""
+    def forward(self, step: Step, latents: LatentPool, x: Tensor | None = None) -> Tensor:
+        """Float32 logits [wanted, vocab] of the step, on the device; x, from any device, as in `Model.forward`."""
+        x = None if x is None else x.to(self.device)
         if self._ranks is None:
-            return self._stepped(step, latents)
+            return self._stepped(step, latents, x)
         self._ranks.begin(len(step.ids))
         try:
-            return self._stepped(step, latents)
+            return self._stepped(step, latents, x)
         except EngineError:
             raise
         except Exception:
             self._ranks.close()  # they wait for layers of a step that has ended
             raise
 
-    def _stepped(self, step: Step, latents: LatentPool) -> Tensor:
-        logits = self._stepping.forward(step, latents)
+    def _stepped(self, step: Step, latents: LatentPool, x: Tensor | None) -> Tensor:
+        out = self._stepping.forward(step, latents, x)
         if self.hot is not None:
             self.hot.end_step()
-        return logits
+        return out
 
     def close(self) -> None:
         """Ends the worker processes, where there are any."""
@@ -196,3 +232,32 @@ class SpreadModel:
     def __del__(self) -> None:
         if getattr(self, "_ranks", None) is not None:
             self.close()
+
+
+class LayeredModel:
+    """A model whose layers lie on several devices: each part passes on what its last layer gives. All of them are in this process,
+    since only one of them works at a time. Satisfies model_host.runner.StepModel."""
+
+    def __init__(self, config: ModelConfig, parts: Sequence[SpreadModel]) -> None:
+        self.config, self.parts = config, tuple(parts)
+        first, *_ = parts
+        self.device, self.precision, self.latent_dtype = first.device, first.precision, first.latent_dtype
+        self.weight_bytes = sum(part.weight_bytes for part in parts)
+
+    def pool(self, pages: int) -> LayeredPool:
+        """Each part's latents on its own device."""
+        return LayeredPool([LatentPool(part.config, pages, part.latent_dtype, part.device) for part in self.parts])
+
+    def prepare(self, latents: LatentPool) -> None:
+        assert isinstance(latents, LayeredPool)
+        for part, own in zip(self.parts, latents.parts, strict=True):
+            part.prepare(own)
+
+    def forward(self, step: Step, latents: LatentPool) -> Tensor:
+        """Float32 logits [wanted, vocab] of the step, on the last part's device."""
+        assert isinstance(latents, LayeredPool)
+        x: Tensor | None = None
+        for part, own in zip(self.parts, latents.parts, strict=True):
+            x = part.forward(step, own, x)
+        assert x is not None
+        return x

@@ -3,6 +3,7 @@
 Owns: the sentences.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,18 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from model_host import catalogue
 from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
-from model_host.checkpoints import checked_shards, locate
+from model_host.checkpoints import checked_shards, hub_shapes, locate
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError, EngineError
 from model_host.machine import free_bytes, real_devices
 from model_host.native.library import available_levels
 from model_host.placement import Demand, Impossible, in_words, parse_devices, plan
 from model_host.runner import Kernels, choose
+from model_host.shards import Shard
 from model_host.tokenizer import Tokenizer
+
+WORDS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""Types that are read, as files and as users name them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,8 @@ def inspect(name: str, device: str, dtype: str, kernels: Kernels) -> Inspection:
         where, kind = form.device, form.precision
         needed, free = entry.weight_bytes(Precision(kind)), free_bytes(where)
         facts["weights"] = f"{sum(part.bytes for part in parts) / 1e6:,.1f} MB on disk, {needed / 1e6:,.1f} MB in memory"
+        if stored := stored_as(parts, config):
+            facts["types"] = f"{stored}; all are taken as {kind}"
         facts["would load"] = f"{config.parameters / 1e6:,.1f} M parameters as {kind} on {where}"
         facts["kernels"] = (
             f"plain torch. {form.torch_because}" if form.torch_because else f"compiled for this processor ({available_levels()[-1]})"
@@ -67,6 +74,13 @@ def inspect(name: str, device: str, dtype: str, kernels: Kernels) -> Inspection:
     except CheckpointError as error:
         problems.append(str(error))
     return Inspection(facts, problems)
+
+
+def stored_as(parts: list[Shard], config: ModelConfig) -> str:
+    """The types of the weights in the files, the most frequent first, where there are several; else nothing."""
+    wanted = {name for name, _ in hub_shapes(config)}
+    found = Counter(WORDS[tensor.dtype] for part in parts for tensor in part.tensors if tensor.name in wanted)
+    return ", ".join(f"{count} tensors in {kind}" for kind, count in found.most_common()) if len(found) > 1 else ""
 
 
 def placed(name: str, devices: str, dtype: str, context_tokens: int) -> Inspection:

@@ -5,6 +5,7 @@ Owns: the memory. Knows nothing of token ids or of who uses which page (pages.py
 numbers per token and layer: 31,104 bytes a token for Coder-V2-Lite in bfloat16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
@@ -72,6 +73,30 @@ class LatentPool:
         positions = torch.arange(start, start + tokens)
         slots = torch.tensor(pages)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
         return slots.to(self.c_kv.device)
+
+
+class LayeredPool(LatentPool):
+    """Latents of a model whose layers lie on several devices: a pool for each part of them, with the same pages."""
+
+    def __init__(self, parts: Sequence[LatentPool]) -> None:
+        self.parts = tuple(parts)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for part in self.parts:
+            part.copy(source, target, tokens)
+
+    def shift(self, shift: Shift) -> None:
+        for part in self.parts:
+            part.shift(shift)
+
+    def take_out(self, pages: list[int]) -> tuple[Tensor, Tensor]:
+        c_kv, k_pe = zip(*(part.take_out(pages) for part in self.parts), strict=True)
+        return torch.cat(c_kv), torch.cat(k_pe)
+
+    def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
+        layers = [len(part.c_kv) for part in self.parts]
+        for part, own_c_kv, own_k_pe in zip(self.parts, c_kv.split(layers), k_pe.split(layers), strict=True):
+            part.put_in(pages, own_c_kv, own_k_pe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,16 @@
 Owns: the bytes of every group of tensors, how experts are divided over devices, what a plan leaves for context, how fast decoding can
 be at best, and the nearest plan when there is none. Knows nothing of torch: devices are facts handed in, real or imagined.
 
-One device computes everything but the routed experts and keeps the context; the routed experts may be spread over it, other GPUs, and
-the CPU's memory, where they are computed. Every layer is divided alike.
+Two ways to divide a model. Either one device computes everything but the routed experts and keeps the context, and the routed experts are
+spread over it and others, every layer alike: several devices read one layer's experts at the same time. Or the layers are divided, each
+with its part of the context: nothing is read at the same time, little is sent, and no device has to hold what every layer needs. In both,
+experts may lie in the CPU's memory, where they are computed.
+
+The heads of attention are not divided: what each token's heads read is found in docs/log.md beside what sending their parts would cost.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -72,10 +76,10 @@ class Share:
     """What one device holds."""
 
     device: Device
-    computes_the_rest: bool
-    """Whether all but the routed experts, and the context, are here."""
+    layers: range
+    """Those of which all but the routed experts, and the context, are here. The first has the embeddings, the last the output."""
     experts: range
-    """Routed experts, of every layer that has them."""
+    """Routed experts: of those layers, or, on a device that has none, of all."""
     weight_bytes: int
 
 
@@ -85,7 +89,7 @@ class Plan:
     precision: Precision
     shares: tuple[Share, ...]
     cache_bytes: int
-    """Left for context on the device that keeps it."""
+    """Left for context on the devices that keep it."""
     step_s: float
     """One decode step at best: bytes over bandwidth, and the hops between devices."""
 
@@ -187,8 +191,8 @@ def working_bytes(config: ModelConfig, context_tokens: int) -> int:
 
 
 def plan(demand: Demand, devices: Sequence[Device]) -> Plan | Impossible:
-    """The best plan: the highest precision that GPUs alone hold, at its fastest; where they do not, the highest that fits with the
-    CPU's help. Devices other than the first of those used hold routed experts only."""
+    """The best plan: the highest precision that GPUs alone hold, divided in the way and over as many as is fastest; where they do not, the
+    highest that fits with the CPU's help."""
     found = _found(demand, devices)
     return found if found is not None else _impossible(demand, devices)
 
@@ -198,10 +202,11 @@ def _found(demand: Demand, devices: Sequence[Device]) -> Plan | None:
     cpus = [device for device in devices if device.kind == "cpu"]
     for helpers in ([], cpus):
         for precision in _allowed(demand):
-            ways = (_divided(demand, precision, [*gpus[:count], *helpers]) for count in range(1, len(gpus) + 1))
-            if found := [made for made in ways if made is not None]:
+            apart = (_experts_apart(demand, precision, [*gpus[:count], *helpers]) for count in range(1, len(gpus) + 1))
+            layers = (_layers_apart(demand, precision, gpus[:count], helpers) for count in range(2, len(gpus) + 1))
+            if found := [made for made in (*apart, *layers) if made is not None]:
                 return min(found, key=lambda made: made.step_s)
-    on_cpu = (_divided(demand, precision, cpus) for precision in _allowed(demand) if cpus)
+    on_cpu = (_experts_apart(demand, precision, cpus) for precision in _allowed(demand) if cpus)
     return next((made for made in on_cpu if made is not None), None)
 
 
@@ -209,7 +214,7 @@ def _allowed(demand: Demand) -> tuple[Precision, ...]:
     return (demand.precision,) if demand.precision else PREFERRED
 
 
-def _divided(demand: Demand, precision: Precision, devices: Sequence[Device]) -> Plan | None:
+def _experts_apart(demand: Demand, precision: Precision, devices: Sequence[Device]) -> Plan | None:
     """The plan in which the first device computes all but the experts and all of them hold experts, or None."""
     config = demand.entry.shape
     first, experts = devices[0], config.n_routed_experts or 0
@@ -229,7 +234,8 @@ def _divided(demand: Demand, precision: Precision, devices: Sequence[Device]) ->
         if count or device is first:
             size = count * per_expert + (rest if device is first else 0)
             held = range(start, start + count)
-            shares.append(Share(device=device, computes_the_rest=device is first, experts=held, weight_bytes=size))
+            layers = range(config.num_hidden_layers if device is first else 0)
+            shares.append(Share(device=device, layers=layers, experts=held, weight_bytes=size))
             start += count
     assert start == experts
     return Plan(
@@ -239,6 +245,79 @@ def _divided(demand: Demand, precision: Precision, devices: Sequence[Device]) ->
         cache_bytes=context + room[0] - counts[0] * per_expert,
         step_s=_step_s(demand, precision, shares),
     )
+
+
+def _layers_apart(demand: Demand, precision: Precision, gpus: Sequence[Device], helpers: Sequence[Device]) -> Plan | None:
+    """The plan in which each GPU has some of the layers, so that all of them have room for the same number of tokens; with a helper,
+    which takes the experts that do not fit. None where they do not."""
+    config, per_token = demand.entry.shape, cached_bytes_per_token(demand.entry, precision)
+    experts, one = config.n_routed_experts or 0, expert_bytes(config, precision)
+    plain, (first, last) = _layer_bytes(config, precision), _end_bytes(config, precision)
+    working = working_bytes(config, demand.context_tokens)
+
+    def weights(layers: range, kept: int) -> int:
+        routed = kept * one * sum(layer >= config.first_k_dense_replace for layer in layers)
+        ends = (first if layers.start == 0 else 0) + (last if layers.stop == len(plain) else 0)
+        return sum(plain[layers.start : layers.stop]) + routed + ends
+
+    def cut(kept: int, tokens: int) -> list[range] | None:
+        """As many layers on the first GPU as it holds, and so on."""
+        found = [range(0)]
+        for device in gpus:
+            room = device.free_bytes - RESERVED_BYTES[device.kind] - working
+            start = stop = found[-1].stop
+            while stop < len(plain):
+                more = range(start, stop + 1)
+                if weights(more, kept) + len(more) * tokens * per_token // len(plain) > room:
+                    break
+                stop += 1
+            found.append(range(start, stop))
+        return found[1:] if found[-1].stop == len(plain) and all(found[1:]) else None
+
+    wanted = demand.batch * demand.context_tokens
+    kept = _largest(-1, experts, lambda count: cut(count, wanted) is not None) if helpers else experts
+    overflow = (experts - kept) * _mixtures(config) * one
+    if kept < 0 or cut(kept, wanted) is None or (overflow and overflow > helpers[0].free_bytes - RESERVED_BYTES["cpu"]):
+        return None
+    tokens = _largest(wanted, demand.batch * config.max_position_embeddings, lambda count: cut(kept, count) is not None)
+    shares = [
+        Share(device=device, layers=layers, experts=range(kept), weight_bytes=weights(layers, kept))
+        for device, layers in zip(gpus, cut(kept, tokens) or (), strict=True)
+    ]
+    if overflow:
+        shares.append(Share(device=helpers[0], layers=range(0), experts=range(kept, experts), weight_bytes=overflow))
+    step_s = _step_s(demand, precision, shares)
+    return Plan(demand=demand, precision=precision, shares=tuple(shares), cache_bytes=tokens * per_token, step_s=step_s)
+
+
+def _largest(least: int, most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that holds, where all below one that does do too; `least`, if none above it does."""
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if holds(middle) else (least, middle - 1)
+    return least
+
+
+def _layer_bytes(config: ModelConfig, precision: Precision) -> list[int]:
+    """Weights of each layer without its routed experts."""
+    found = {group.name: group.bytes for group in groups(config, precision)}
+    layers, mixtures = config.num_hidden_layers, _mixtures(config)
+    alike = (found["attention"] + found["latents to heads"]) // layers + _norm_bytes(config, precision)
+    dense = found["dense layers"] // max(layers - mixtures, 1)
+    mixture = (found["routers"] + found["shared experts"]) // max(mixtures, 1)
+    return [alike + (dense if layer < layers - mixtures else mixture) for layer in range(layers)]
+
+
+def _end_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
+    """Weights before the first layer, and behind the last."""
+    found = {group.name: group.bytes for group in groups(config, precision)}
+    return found["embeddings"], found["output"] + found["norms"] - config.num_hidden_layers * _norm_bytes(config, precision)
+
+
+def _norm_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Of one layer."""
+    plain = precision if precision.bits >= 16 else Precision.BFLOAT16
+    return matrix_bytes(1, 2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0), plain)
 
 
 def _mixtures(config: ModelConfig) -> int:
@@ -267,15 +346,21 @@ def _counts(config: ModelConfig, devices: Sequence[Device], most: Sequence[int])
 
 
 def _step_s(demand: Demand, precision: Precision, shares: Sequence[Share]) -> float:
-    config, first = demand.entry.shape, shares[0]
-    read = sum(group.read_bytes for group in groups(config, precision) if group.name != "routed experts")
-    read += demand.batch * demand.context_tokens * cached_bytes_per_token(demand.entry, precision)
-    one = expert_bytes(config, precision)
-    speeds = tuple(share.device.bytes_per_s / one for share in shares)  # experts a second
-    counts = tuple(len(share.experts) for share in shares)
-    layer_s = _slowest_s(config, counts, speeds, demand.batch) if _mixtures(config) else 0.0
-    hops_s = 2 * HOP_S if len(shares) > 1 else 0.0
-    return read / first.device.bytes_per_s + _mixtures(config) * (layer_s + hops_s)
+    config, one = demand.entry.shape, expert_bytes(demand.entry.shape, precision)
+    plain, (_, last) = _layer_bytes(config, precision), _end_bytes(config, precision)
+    context = demand.batch * demand.context_tokens * cached_bytes_per_token(demand.entry, precision)
+    bearing, elsewhere = [share for share in shares if share.layers], [share for share in shares if not share.layers]
+    taken = (len(bearing) - 1) * HOP_S
+    for share in bearing:
+        read = sum(plain[share.layers.start : share.layers.stop]) + len(share.layers) * context / len(plain)
+        read += last if share.layers.stop == len(plain) else 0
+        taken += read / share.device.bytes_per_s
+        together = (share, *elsewhere)
+        if mixtures := sum(layer >= config.first_k_dense_replace for layer in share.layers):
+            speeds = tuple(other.device.bytes_per_s / one for other in together)  # experts a second
+            counts = tuple(len(other.experts) for other in together)
+            taken += mixtures * (_slowest_s(config, counts, speeds, demand.batch) + (2 * HOP_S if elsewhere else 0.0))
+    return taken
 
 
 def _slowest_s(config: ModelConfig, counts: tuple[int, ...], speeds: tuple[float, ...], batch: int) -> float:
@@ -416,13 +501,21 @@ def _plan_in_words(made: Plan) -> Iterator[str]:
     demand, config = made.demand, made.demand.entry.shape
     experts = config.n_routed_experts or 0
     yield f"{demand.entry.name} fits as {made.precision}: {gigabytes(made.weight_bytes)} of weights."
+    layers = config.num_hidden_layers
     for share in made.shares:
-        parts = ["everything but the routed experts, and the context"] if share.computes_the_rest else []
+        parts = []
         if len(made.shares) == 1:
             parts = ["everything"]
-        elif share.experts:
-            parts.append(f"routed experts {share.experts.start} to {share.experts.stop - 1} of {experts} in every layer")
+        elif len(share.layers) == layers:
+            parts = ["everything but the routed experts, and the context"]
+        elif share.layers:
+            parts = [f"layers {share.layers.start} to {share.layers.stop - 1} of {layers}, with their context"]
+        if len(share.experts) < experts:
+            where = "in each of them" if 0 < len(share.layers) < layers else "in every layer"
+            parts += [f"routed experts {share.experts.start} to {share.experts.stop - 1} of {experts} {where}"] if share.experts else []
         yield f"{share.device.name} ({gigabytes(share.device.free_bytes)} free): {'; '.join(parts)}, {gigabytes(share.weight_bytes)}."
+    if sum(bool(share.layers) for share in made.shares) > 1:
+        yield "The layers run one after the other, so several GPUs give room for more, not speed."
     limit = min(made.cache_tokens, config.max_position_embeddings) if demand.batch == 1 else made.cache_tokens
     yield (
         f"Room for {made.cache_tokens:,} tokens of context ({gigabytes(made.cache_bytes)}), {demand.batch * demand.context_tokens:,} were"
@@ -433,7 +526,7 @@ def _plan_in_words(made: Plan) -> Iterator[str]:
         f" {made.tokens_per_s:,.0f} tokens/s. It is what reading the weights takes; expect about half."
     )
     if any(share.device.kind == "cpu" for share in made.shares[1:]):
-        yield "Experts that did not fit on the GPU are computed on the CPU, which is what takes the time."
+        yield "Experts that did not fit on a GPU are computed on the CPU, which is what takes the time."
     if made.precision.bits < 16:
         but = ", attention's to int8" if made.precision is Precision.INT4 else ""
         plain = "Vocabulary, routers, norms and kv_b_proj stay in bfloat16."

@@ -1,7 +1,8 @@
 """Experts in worker processes, one a device: started, fed with each layer's tokens, summed up, noticed when they die.
 
 Owns: the processes and the groups they talk in: rank 0 is the caller's process, which has everything but these experts. Groups reach
-loopback only, and meet in a folder that nobody else can open. Between GPUs tokens go by NCCL, else by gloo through the host's memory.
+loopback only, and meet in a folder that nobody else can open. Between GPUs tokens go by NCCL, else by gloo through the host's memory: the
+same calls, to a group of another name (`Wire`).
 
 A worker keeps no state but its weights. After one has died or failed, all of them are started anew before the next step, and what
 the caller has cached stays valid.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +62,8 @@ class Orders:
     meeting: str
     """The folder in which the ranks find each other."""
     world: int
-    by_nccl: bool
+    backend: str
+    """Of what the tokens go over: nccl or gloo."""
 
 
 @dataclass(slots=True)
@@ -111,15 +114,27 @@ class Ranks:
     """Satisfies model_host.experts.Elsewhere. Used by one thread."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, posts: list[Post], *, precision: str, dtype: torch.dtype, threads: int, kernels: str
+        self,
+        folder: Path,
+        config: ModelConfig,
+        posts: list[Post],
+        *,
+        home: torch.device,
+        precision: str,
+        dtype: torch.dtype,
+        threads: int,
+        kernels: str,
     ) -> None:
+        """`home` is the device of rank 0."""
         self._folder, self._config, self._posts = folder, config, posts
         self._precision, self._dtype, self._threads, self._kernels = precision, dtype, threads, kernels
-        self._by_nccl = dist.is_nccl_available() and all(post.device.startswith("cuda") for post in posts)
+        cards = {(device.type, device.index or 0) for device in (home, *(torch.device(post.device) for post in posts))}
+        apart = len(cards) == len(posts) + 1 and all(kind == "cuda" for kind, _ in cards)  # NCCL wants a card for each rank
+        self._home, self._backend = home, "nccl" if apart and dist.is_nccl_available() else "gloo"
         self._workers: list[Worker] = []
         self._meeting: tempfile.TemporaryDirectory[str] | None = None
         self._control: Group | None = None
-        self._data: Group | None = None
+        self._wire: Wire | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -141,21 +156,19 @@ class Ranks:
             raise self.failed(error) from error
 
     def send(self, x: Tensor, weights: Tensor, experts: Tensor) -> None:
-        assert self._data is not None and len(x) == self._tokens
+        assert self._wire is not None and len(x) == self._tokens
         message = torch.cat((x.float(), weights.float(), experts.float()), dim=-1)  # [T, D+2K]; ids are exact in float32
         try:
-            awaited(self._data.broadcast(message if self._by_nccl else message.cpu(), 0))
+            self._wire.broadcast(message)
         except ConnectionLost as error:
             raise self.failed(error) from error
 
     def added(self, own: Tensor) -> Tensor:
-        assert self._data is not None
-        total = own if self._by_nccl else own.cpu()
+        assert self._wire is not None
         try:
-            awaited(self._data.reduce(total, 0))
+            return self._wire.reduce(own).to(own.device)
         except ConnectionLost as error:
             raise self.failed(error) from error
-        return total.to(own.device)
 
     def failed(self, error: Exception) -> EngineError:
         """Ends the workers, and says what has happened to the first that had something happen to it."""
@@ -177,7 +190,7 @@ class Ranks:
         for worker in self._workers:
             worker.process.wait()
         self._workers.clear()
-        self._control = self._data = None
+        self._control = self._wire = None
         if self._meeting is not None:
             self._meeting.cleanup()
             self._meeting = None
@@ -197,7 +210,7 @@ class Ranks:
                 post=post,
                 meeting=self._meeting.name,
                 world=world,
-                by_nccl=self._by_nccl,
+                backend=self._backend,
             )
             process = subprocess.Popen(
                 [sys.executable, "-m", "model_host.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -219,9 +232,13 @@ class Ranks:
                 self.close()
                 raise CheckpointError(f"The experts' process of rank {rank} could not start: {why.strip()}")
         try:
-            self._control, self._data = meet(Path(self._meeting.name), 0, world, self._by_nccl)
+            self._control, data = meet(Path(self._meeting.name), 0, world, self._backend)
         except RuntimeError as error:
             raise self.failed(error) from error
+        self._wire = Wire(data, self._backend, self._home, self._any_gone)
+
+    def _any_gone(self) -> bool:
+        return any(worker.process.poll() is not None for worker in self._workers)
 
 
 class ConnectionLost(Exception):
@@ -243,11 +260,44 @@ class Group(Protocol):
 
     def reduce(self, tensor: Tensor, root: int) -> Any: ...
 
+    def abort(self) -> None: ...
 
-def meet(folder: Path, rank: int, world: int, by_nccl: bool) -> tuple[Group, Group]:
+
+class Wire:
+    """What the tokens of a step go over, from and to rank 0."""
+
+    def __init__(self, group: Group, backend: str, device: torch.device, gone: Callable[[], bool]) -> None:
+        """`device` is this rank's; `gone` says whether a rank that this one waits for has ended."""
+        self._group, self._gone = group, gone
+        self._notices = backend == "gloo"
+        self._device = torch.device("cpu") if backend == "gloo" else device
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """What rank 0 gives, which the others have memory for."""
+        tensor = tensor.to(self._device)
+        self._await(self._group.broadcast(tensor, 0))
+        return tensor
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """On rank 0 the sum of what all give."""
+        tensor = tensor.to(self._device)
+        self._await(self._group.reduce(tensor, 0))
+        return tensor
+
+    def _await(self, work: Any) -> None:
+        """gloo notices that a rank has gone. NCCL does not, and its waiting only queues: there this rank looks itself, and frees its
+        stream of what would never end."""
+        while not self._notices and not work.is_completed():
+            if self._gone():
+                self._group.abort()
+                raise ConnectionLost("a process has ended")
+        awaited(work)
+
+
+def meet(folder: Path, rank: int, world: int, backend: str) -> tuple[Group, Group]:
     """The groups of all ranks: one that says how many tokens the next step has, one for the tokens."""
     control = _gloo(folder / "control", rank, world)
-    if not by_nccl:
+    if backend == "gloo":
         return control, control
     nccl: Any = c10d.ProcessGroupNCCL
     data: Group = nccl(c10d.FileStore(str(folder / "data"), world), rank, world, nccl.Options())

@@ -17,7 +17,7 @@ from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
 from model_host.errors import CheckpointError, EngineError
 from model_host.generation import Progress
-from model_host.holders import load_spread, stepping
+from model_host.holders import LayeredModel, load_spread, stepping
 from model_host.latents import LatentPool
 from model_host.machine import real_devices
 from model_host.native.library import why_unavailable
@@ -60,20 +60,36 @@ class Runner:
         page_bytes = LatentPool.page_bytes(model.config, model.latent_dtype)
         self.pages = max(cache_bytes // page_bytes, pages_for(LEAST_TOKENS))
         self.cache_bytes = self.pages * page_bytes
-        self._latents = LatentPool(model.config, self.pages, model.latent_dtype, model.device)
+        if isinstance(model, LayeredModel):
+            self._latents: LatentPool = model.pool(self.pages)
+        else:
+            self._latents = LatentPool(model.config, self.pages, model.latent_dtype, model.device)
         model.prepare(self._latents)
 
     def run(self, step: Step) -> Tensor:
         """Float32 logits [wanted, vocab] of the step, on the CPU. Raises EngineError when a device or a process of the model is lost."""
+        self._check(step)
         try:
             return self.model.forward(step, self._latents).cpu()
         except torch.OutOfMemoryError:
             raise
         except torch.AcceleratorError as error:
             first, *_ = str(error).splitlines() or ["no reason given"]
+            parts = self.model.parts if isinstance(self.model, LayeredModel) else (self.model,)
             raise EngineError(
-                f"{self.model.device} is lost to this process ({first}): restart deepseek-lsp; `deepseek-lsp doctor` says what is left."
+                f"{' or '.join(str(part.device) for part in parts)} is lost to this process ({first}): restart deepseek-lsp;"
+                " `deepseek-lsp doctor` says what is left."
             ) from error
+
+    def _check(self, step: Step) -> None:
+        """Compiled code trusts these numbers: outside of their bounds it would read and write others' memory."""
+        assert len(step.ids) == sum(span.tokens for span in step.spans), f"{len(step.ids)} ids for spans of other lengths"
+        vocabulary = self.model.config.vocab_size
+        assert all(0 <= id < vocabulary for id in step.ids), f"an id that is not one of {vocabulary} in {step.ids}"
+        assert all(0 <= row < len(step.ids) for row in step.wanted), f"logits wanted of {step.wanted}, with {len(step.ids)} tokens"
+        for span in step.spans:
+            assert 0 < span.tokens <= span.context <= len(span.pages) * PAGE_TOKENS, f"{span} has too few pages or no tokens"
+            assert min(span.pages) >= 0 and max(span.pages) < self.pages, f"{span} names a page that is not one of {self.pages}"
 
     def take_over(self, what: Copy | Shift) -> None:
         """Puts latents that are there already where a sequence needs them."""

@@ -17,7 +17,7 @@ import torch
 from model_host.config import ModelConfig
 from model_host.experts import Held
 from model_host.holders import load_experts
-from model_host.ranks import LOST, ConnectionLost, Group, Orders, Post, awaited, meet
+from model_host.ranks import LOST, ConnectionLost, Orders, Post, Wire, awaited, meet
 
 
 def main() -> None:
@@ -64,22 +64,23 @@ def work(orders: Orders, say: Any) -> None:
         progress=lambda what, share: say(share=share),
     )
     say(weight_bytes=held.weight_bytes)
-    control, data = meet(Path(orders.meeting), orders.rank, orders.world, orders.by_nccl)
+    control, data = meet(Path(orders.meeting), orders.rank, orders.world, orders.backend)
+    wire = Wire(data, orders.backend, device, lambda: False)  # when rank 0 goes, so does stdin, and this process
     tokens = torch.zeros(1, dtype=torch.long)
     while True:
         awaited(control.broadcast(tokens, 0))
-        step(held, config, int(tokens), data, device if orders.by_nccl else torch.device("cpu"))
+        step(held, config, int(tokens), wire)
 
 
 @torch.inference_mode()
-def step(held: Held, config: ModelConfig, tokens: int, data: Group, device: torch.device) -> None:
+def step(held: Held, config: ModelConfig, tokens: int, wire: Wire) -> None:
     """Computes this rank's experts of every layer, as the layers' tokens come."""
     hidden, chosen = config.hidden_size, config.num_experts_per_tok or 0
-    message = torch.empty(tokens, hidden + 2 * chosen, device=device)  # [T, D+2K]
+    message = torch.empty(tokens, hidden + 2 * chosen)  # [T, D+2K]
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
-        awaited(data.broadcast(message, 0))
+        message = wire.broadcast(message)
         x, weights, experts = message.split((hidden, chosen, chosen), dim=-1)
-        awaited(data.reduce(held.partial(layer, x, weights, experts.long()).to(device), 0))
+        wire.reduce(held.partial(layer, x, weights, experts.long()))
 
 
 if __name__ == "__main__":

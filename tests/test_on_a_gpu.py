@@ -2,16 +2,19 @@
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
+from model_host import runner
 from model_host.checkpoints import STARTER
 from model_host.engine import LocalEngine, load_engine
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.gpu.model import GpuModel
-from model_host.holders import SpreadModel
-from model_host.runner import load
+from model_host.holders import LayeredModel, SpreadModel
+from model_host.placement import Device, Share
+from model_host.runner import Form, load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -93,6 +96,32 @@ async def test_every_precision_answers(dtype: str):
     finally:
         engine.close()
     assert said.startswith("ep_")
+
+
+@pytest.mark.parametrize("devices", [("cuda:0", "cuda:0"), ("cuda:0", "cpu", "cuda:0")], ids=str)
+async def test_layers_on_several_devices_say_what_one_says(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    """Two parts on one card are two sets of captured graphs; with the CPU between them what goes from part to part really moves."""
+    cuts = (0, 3, 8) if len(devices) == 2 else (0, 3, 5, 8)
+    shares = [
+        Share(device=Device(name=name, kind="gpu", free_bytes=0, bytes_per_s=1.0), layers=range(a, b), experts=range(32), weight_bytes=0)
+        for name, (a, b) in zip(devices, pairwise(cuts), strict=True)
+    ]
+    requests = [hole(text(methods=n), middle) for n in (1, 3, 40) for middle in ("", "    def step_41(self, ")]
+    requests += [replace(hole(text().replace("value * 7\n", "value * 7 + 1\n")), reuse=Reuse.SHIFTED)]
+    whole = on("cpu")
+    form = Form(torch.device("cuda:0"), "float32", "", tuple(shares))
+    monkeypatch.setattr(runner, "choose", lambda *whatever, **more: form)
+    apart = on("cuda")
+    try:
+        model = apart._runner.model
+        assert isinstance(model, LayeredModel) and [part.device for part in model.parts] == [torch.device(name) for name in devices]
+        captured = [isinstance(part._stepping, GpuModel) for part in model.parts]
+        assert captured == [name.startswith("cuda") for name in devices]
+        for request in requests:
+            assert (await ask(apart, request))[0] == (await ask(whole, request))[0]
+    finally:
+        whole.close()
+        apart.close()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

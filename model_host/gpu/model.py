@@ -101,7 +101,7 @@ class GpuModel:
         if operations is None:
             from model_host.gpu import kernels as operations  # noqa: PLC0415  Triton is there only where CUDA is
         self.model, self.config, self.short_tokens = model, model.config, short_tokens
-        self.device, self.latent_dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.device, self.latent_dtype = model.device, model.dtype
         self.precision = str(self.latent_dtype).removeprefix("torch.")
         self._do: Operations = operations
         self._input_weights = [_joined(block.self_attn) for block in model.blocks()]
@@ -109,24 +109,31 @@ class GpuModel:
         self._rows: Rows | None = None
         self._latents: LatentPool | None = None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._entering = torch.zeros(0 if model.begins else MAX_ROWS, self.config.hidden_size, dtype=model.dtype, device=model.device)
+        """[MAX_ROWS, D]: what comes from the layers before these."""
 
     @torch.inference_mode()
-    def forward(self, step: Step, latents: LatentPool) -> Tensor:
-        """Float32 logits [wanted, vocab] of the step, on the device. Nothing here waits for the device."""
+    def forward(self, step: Step, latents: LatentPool, x: Tensor | None = None) -> Tensor:
+        """Float32 logits [wanted, vocab] of the step, on the device; x as in `Model.forward`. Nothing here waits for the device."""
         if len(step.ids) > MAX_ROWS or len(step.wanted) > len(step.ids):
-            logits: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents)
-            return logits
+            out: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents, x)
+            return out
         rows = self._bound(latents)
         rows.fill(step)
+        if x is not None:
+            self._entering[: len(x)] = x
+            self._entering[len(x) :] = x[0]  # as in the rows' other fields
         count = next(size for size in GRAPH_ROWS if size >= len(step.ids))
         if self.device.type == "cuda":
             if count not in self._graphs:
                 self._graphs[count] = self._capture(count, rows, latents)
-            graph, logits = self._graphs[count]
+            graph, out = self._graphs[count]
             graph.replay()
         else:
-            logits = self._run(count, rows, latents)
-        return logits[: len(step.wanted)].to(torch.float32, copy=True)  # the next replay overwrites them
+            out = self._run(count, rows, latents)
+        if not self.model.ends:
+            return out[: len(step.ids)].clone()
+        return out[: len(step.wanted)].to(torch.float32, copy=True)  # the next replay overwrites them
 
     @torch.inference_mode()
     def prepare(self, latents: LatentPool) -> None:
@@ -157,25 +164,27 @@ class GpuModel:
         graph = torch.cuda.CUDAGraph()
         pool = next((known.pool() for known, _ in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._run(count, rows, latents)
-        return graph, logits
+            out = self._run(count, rows, latents)
+        return graph, out
 
     def _run(self, count: int, rows: Rows, latents: LatentPool) -> Tensor:
-        """The forward pass of the first `count` rows: logits [count, vocab], in the model's type."""
+        """The forward pass of the first `count` rows, in the model's type: logits [count, vocab], or what the next layers take
+        [count, D]."""
         model, do = self.model, self._do
         positions = rows.positions[:count]
         rotation = torch.view_as_real(model.rotation(positions))  # [T, P/2, 2]
         contexts = positions + 1
-        x = model.embed_tokens(rows.ids[:count])  # [T, D]
+        x = model.embed_tokens(rows.ids[:count]) if model.begins else self._entering[:count]  # [T, D]
         normed = next(model.blocks()).input_layernorm(x)
-        following = [*(block.input_layernorm for block in model.blocks()), model.norm][1:]
+        norms = [block.input_layernorm for block in model.blocks()]
+        following = [*norms[1:], model.norm if model.ends else norms[-1]]  # what does not end the model has no use for its last one
         for layer, block in enumerate(model.blocks()):
             attended = self._attention(block.self_attn, layer, normed, rotation, contexts, rows, latents)
             norm = block.post_attention_layernorm
             x, normed = do.add_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps)
             parts, shares = self._mlp(block, normed)
             x, normed = do.add_norm(x, parts, shares, following[layer].weight, following[layer].eps)
-        return do.linear(normed[rows.wanted[:count]], model.lm_head.weight)
+        return do.linear(normed[rows.wanted[:count]], model.lm_head.weight) if model.ends else x
 
     def _attention(
         self, attention: Attention, layer: int, x: Tensor, rotation: Tensor, contexts: Tensor, rows: Rows, latents: LatentPool

@@ -220,16 +220,28 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """The whole model, or some layers of one: only what `begins` it has the embeddings, only what `ends` it the output."""
+
+    def __init__(self, config: ModelConfig, *, begins: bool = True, ends: bool = True) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.config, self.begins, self.ends = config, begins, ends
+        if begins:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        if ends:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if begins and ends and config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.frequencies: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.blocks()).input_layernorm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.blocks()).input_layernorm.weight.dtype
 
     def blocks(self) -> Iterator[Block]:
         for block in self.layers:
@@ -243,11 +255,14 @@ class Model(nn.Module):
         angles = positions[:, None].float() * self.frequencies
         return torch.polar(torch.full_like(angles, self.config.rope_magnitude), angles)
 
-    def forward(self, layout: Layout, latents: LatentPool) -> Tensor:
-        """Runs a step and returns float32 logits [wanted, vocab]; the latents of its tokens are in the pool afterwards."""
+    def forward(self, layout: Layout, latents: LatentPool, x: Tensor | None = None) -> Tensor:
+        """Runs a step and returns float32 logits [wanted, vocab]; the latents of its tokens are in the pool afterwards. Layers that
+        do not begin the model take x [T, D] from those before them, and those that do not end it return it."""
         rotation = self.rotation(layout.positions)
-        x = self.embed_tokens(layout.ids)  # [T, D]
+        x = self.embed_tokens(layout.ids) if x is None else x  # [T, D]
         for layer, block in enumerate(self.blocks()):
             x = block(x, rotation, layer, latents, layout)
+        if not self.ends:
+            return x
         logits: Tensor = self.lm_head(self.norm(x[layout.wanted]))
         return logits.float()

@@ -100,7 +100,7 @@ def test_doctor_plans_a_model_that_is_not_here_on_a_machine_that_is_not_either(t
     done = run("doctor", "--model", "coder-v2-lite-base", "--devices", "2x24GB", home=tmp_path)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    assert "fits as bfloat16: 31.4 GB of weights" in said and "gpu 1 (24.0 GB free): routed experts 32 to 63 of 64" in said
+    assert "fits as bfloat16: 31.4 GB of weights" in said and "gpu 1 (24.0 GB free): layers 17 to 26 of 27, with their context" in said
     refused = run("doctor", "--model", "deepseek-ai/DeepSeek-V2.5", "--devices", "24GB", home=tmp_path)
     said = " ".join(refused.stdout.split())
     assert refused.returncode == 1 and "does not fit" in said and "It would fit with 128 GB of RAM" in said
@@ -113,6 +113,7 @@ def test_doctor_plans_on_this_machine_and_refuses_what_it_does_not_know(tmp_path
         (["--model", "nobody/nothing"], "deepseek-lsp download nobody/nothing"),
         (["--model", "v2", "--devices", "many"], "describes no device"),
         (["--model", "v2", "--dtype", "int3"], "'int3' is none of"),
+        (["--model", "v2", "--dtype", "nf4"], "int4 comes nearest to it"),
     ):
         done = run("doctor", *arguments, home=tmp_path)
         assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).replace("│", " ").split())

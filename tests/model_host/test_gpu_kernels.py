@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_host.batch import Span, Step
-from model_host.checkpoints import destinations_in
+from model_host.checkpoints import destinations_in, of_layers
 from model_host.config import ModelConfig
 from model_host.experts import Spread, TorchExperts, sinks
 from model_host.gpu import plain
@@ -326,6 +326,30 @@ def same_logits(built: Model, operations: Any) -> None:
 @pytest.mark.parametrize("changes", [{}, ODD, GROUPED, {"n_shared_experts": None}], ids=["usual", "odd", "groups", "no shared experts"])
 def test_steps_over_static_buffers_give_what_the_plain_model_gives(changes: dict[str, Any]):
     same_logits(model(**changes), plain)
+
+
+def some_layers(built: Model, layers: range) -> Model:
+    config = built.config
+    part = Model(config.of(layers), begins=layers.start == 0, ends=layers.stop == config.num_hidden_layers).to(DEVICE)
+    named = of_layers(((f"model.{name}", weight) for name, weight in built.state_dict().items()), layers)
+    weights = {name.removeprefix("model."): weight for name, weight in named}
+    part.load_state_dict({name: weights[name] for name in part.state_dict()})
+    return part.eval()
+
+
+@pytest.mark.parametrize("changes", [{}, GROUPED], ids=["usual", "groups"])
+@pytest.mark.parametrize("parts", [(range(1), range(1, 3)), (range(1), range(1, 2), range(2, 3))], ids=["two", "three"])
+def test_steps_of_layers_apart_give_what_the_plain_model_gives(changes: dict[str, Any], parts: tuple[range, ...]):
+    built = model(**changes)
+    apart = [GpuModel(some_layers(built, layers), plain) for layers in parts]
+    pools, reference = [pool(part.config) for part in apart], pool(built.config)
+    for step in steps():
+        with torch.inference_mode():
+            wanted = built(Layout.of(step, DEVICE, 16), reference)
+        x: Tensor | None = None
+        for part, latents in zip(apart, pools, strict=True):
+            x = part.forward(step, latents, x)
+        torch.testing.assert_close(x, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, GROUPED], ids=["usual", "groups"])

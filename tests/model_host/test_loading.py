@@ -1,6 +1,7 @@
 """Loading a checkpoint: what it costs in memory, and that nothing damaged, foreign or incomplete is ever loaded."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -15,9 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from model_host import runner
+from model_host.batch import Span, Step
 from model_host.catalogue import CATALOGUE
 from model_host.checkpoints import load_model, locate
 from model_host.errors import CheckpointError
+from model_host.inspection import inspect
+from model_host.latents import LatentPool
 from model_host.models.deepseek_v2 import Model
 from model_host.native.library import available_levels
 from model_host.shards import INDEX, shards
@@ -253,6 +258,32 @@ def test_weights_of_a_quantized_type_are_refused(folder: Path, kind: torch.dtype
     save_file(weights | {name: weights[name].to(kind)}, shard(folder))
     with pytest.raises(CheckpointError, match=f"{name} is stored as .* quantized, which cannot be read: choose the checkpoint"):
         load(folder)
+
+
+def test_weights_of_mixed_types_are_taken_as_one_and_inspecting_says_so(folder: Path):
+    """As some exports have them: routers and norms in more bits than the rest."""
+    uniform = loaded_by_every_form(folder)
+    for number in (1, 2, 3):
+        weights = load_file(shard(folder, number))
+        save_file({name: mixed(name, weight) for name, weight in weights.items()}, shard(folder, number))
+    for logits, wanted in zip(loaded_by_every_form(folder), uniform, strict=True):
+        assert torch.equal(logits, wanted)
+    facts = inspect(str(folder), "cpu", "bfloat16", "auto").facts
+    assert re.fullmatch(r"\d+ tensors in bfloat16, \d+ tensors in float32, 2 tensors in float64; all are taken as bfloat16", facts["types"])
+
+
+def mixed(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight.double() if "kv_a_layernorm" in name else weight.float() if "gate.weight" in name or "norm" in name else weight
+
+
+def loaded_by_every_form(folder: Path) -> list[torch.Tensor]:
+    step = Step(ids=(1, 2, 3), spans=(Span(tokens=3, context=3, pages=(0,)),), wanted=(0, 1, 2))
+    found = []
+    for kernels in ("torch", *(["auto"] if available_levels() else [])):
+        for dtype in ("float32", "bfloat16", "int8", "int4"):
+            model = runner.load(folder, device="cpu", dtype=dtype, threads=1, kernels=kernels, progress=lambda what, share: None)
+            found.append(model.forward(step, LatentPool(model.config, 1, model.latent_dtype, torch.device("cpu"))))
+    return found
 
 
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq"])

@@ -51,16 +51,21 @@ def test_every_release_is_planned_on_every_machine_or_the_nearest_plan_is_told(e
 
 
 def check(found: Plan) -> None:
-    """Every expert lies in one place, nothing is over its device's memory, and the context that was asked for fits."""
+    """Every layer and each of its experts lies in one place, nothing is over its device's memory, and the context that was asked for
+    fits."""
     config = found.demand.entry.shape
-    assert [expert for share in found.shares for expert in share.experts] == list(range(config.n_routed_experts or 0))
-    assert [share.computes_the_rest for share in found.shares] == [True] + [False] * (len(found.shares) - 1)
+    every_layer, experts = list(range(config.num_hidden_layers)), list(range(config.n_routed_experts or 0))
+    assert [layer for share in found.shares for layer in share.layers] == every_layer
+    elsewhere = [share for share in found.shares if not share.layers]
+    for own in (share for share in found.shares if share.layers):
+        assert [expert for share in (own, *elsewhere) for expert in share.experts] == experts
     assert sum(group.bytes for group in groups(config, found.precision)) == found.weight_bytes
     for share in found.shares:
-        used = share.weight_bytes + (found.cache_bytes if share.computes_the_rest else 0)
+        used = share.weight_bytes + found.cache_bytes * len(share.layers) // len(every_layer)
         assert used + placement.RESERVED_BYTES[share.device.kind] <= share.device.free_bytes
     assert found.cache_tokens >= found.demand.context_tokens * found.demand.batch
     assert 0 < found.step_s < inf and found.tokens_per_s > 0.5
+    assert len(elsewhere) == len(found.shares) - 1 or all(share.device.kind == "cpu" for share in elsewhere)
 
 
 def test_the_bytes_of_the_groups_are_those_of_the_catalogue():
@@ -89,7 +94,8 @@ def test_quantized_rows_take_their_scales_and_padding_with_them():
 
 
 def test_whole_routing_groups_stay_on_one_gpu_where_the_cards_allow():
-    found = made(BIG, "4x48GB")
+    found = made(BIG, "4x80GB@500")
+    assert len(found.shares) == 4
     assert all(share.experts.start % 20 == 0 == share.experts.stop % 20 for share in found.shares)
 
 
@@ -99,6 +105,44 @@ def test_uneven_cards_hold_what_they_can():
     first, second = found.shares
     assert first.device.name == "gpu 0" and len(first.experts) != len(second.experts)
     check(found)
+    of_many = made(BIG, "12GB+16GB+14x12GB")
+    check(of_many)
+    sizes = [len(share.layers) for share in of_many.shares]
+    assert of_many.shares[0].device.name == "gpu 1" and sizes[0] > max(sizes[1:]), "the largest card has the most layers"
+
+
+def test_layers_are_divided_where_what_every_layer_needs_is_too_much_for_one_card():
+    found = made(BIG, "12x16GB")
+    check(found)
+    assert found.precision is Precision.INT4 and sum(bool(share.layers) for share in found.shares) == len(found.shares) > 8
+    words = " ".join(in_words(found))
+    assert "gpu 0 (16.0 GB free): layers 0 to " in words and "with their context" in words
+    assert "The layers run one after the other, so several GPUs give room for more, not speed." in words
+    assert isinstance(plan(Demand(entry=BIG), parse_devices("8x16GB")), Impossible), "128 GB are too little"
+
+
+def test_layers_are_divided_and_their_experts_lie_in_the_cpus_memory_where_even_that_is_too_little():
+    found = made(BIG, "4x16GB+cpu:128GB")
+    check(found)
+    *gpus, cpu = found.shares
+    assert len(gpus) == 4 and all(share.layers and share.experts == gpus[0].experts for share in gpus)
+    assert not cpu.layers and cpu.device.kind == "cpu" and cpu.experts.start == gpus[0].experts.stop > 0
+    assert f"routed experts 0 to {gpus[0].experts.stop - 1} of 160 in each of them" in " ".join(in_words(found))
+
+
+def test_divided_layers_leave_every_card_room_for_the_same_context():
+    short, long = made(SMALL, "2x16GB", context_tokens=4096), made(SMALL, "2x16GB", context_tokens=131_072)
+    assert all(len(share.layers) < 27 for share in long.shares)
+    for found in (short, long):
+        check(found)
+        assert found.cache_tokens == 163_840, "as much as the model takes"
+
+
+def test_dividing_layers_is_no_faster_than_one_card_that_holds_them():
+    assert len(made(SMALL, "2x80GB").shares) == 1
+    whole, halves = made(SMALL, "48GB@1000"), made(SMALL, "2x24GB@1000")
+    assert len(halves.shares) == 2 and halves.shares[1].layers
+    assert halves.step_s == pytest.approx(whole.step_s + placement.HOP_S)
 
 
 def test_one_gpu_is_taken_where_one_is_enough_and_several_where_they_read_faster():
@@ -111,7 +155,7 @@ def test_one_gpu_is_taken_where_one_is_enough_and_several_where_they_read_faster
 def test_what_gpus_have_no_room_for_lies_in_the_cpus_memory():
     found = made(BIG, "24GB+cpu:256GB")
     gpu, cpu = found.shares
-    assert gpu.computes_the_rest and cpu.device.kind == "cpu" and len(cpu.experts) > len(gpu.experts) > 0
+    assert gpu.layers and cpu.device.kind == "cpu" and len(cpu.experts) > len(gpu.experts) > 0
     assert found.step_s < made(BIG, "cpu:256GB").step_s
     assert any("computed on the CPU" in words for words in in_words(found))
 

@@ -1,7 +1,9 @@
 """Experts on several devices, in several processes and in fewer bits: the same answers as whole, and a sentence when one is lost."""
 
+import asyncio
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -17,19 +19,19 @@ from model_host.catalogue import LARGE, LITE, Entry, Precision
 from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
 from model_host.eager import EagerModel
-from model_host.engine import load_engine
+from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, EngineError
 from model_host.experts import Held, Spread, TorchExperts
-from model_host.generation import Fim, Request
-from model_host.holders import SpreadModel, expert_reader, load_dense, load_experts
+from model_host.generation import Cost, Fim, Request, Reuse
+from model_host.holders import LayeredModel, SpreadModel, expert_reader, load_dense, load_experts, load_spread
 from model_host.hot import HotExperts
 from model_host.latents import LatentPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeExperts
 from model_host.pages import pages_for
-from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS, Device, groups, working_bytes
+from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS, Device, Share, groups, working_bytes
 from model_host.quantized import PackedLinear, Stack, linears, pack, unpack
-from model_host.ranks import Post, Ranks
+from model_host.ranks import ConnectionLost, Post, Ranks, Wire, meet
 from tests.model_host import twins
 
 CPU = torch.device("cpu")
@@ -70,14 +72,15 @@ def spread_over(folder: Path, precision: str, world: int, kernels: str = "torch"
     experts = ModelConfig.read(folder).n_routed_experts or 0
     cuts = [0, *(experts * rank // (world + 1) + rank for rank in range(1, world)), experts]
     posts = [Post(device="cpu", first=a, stop=b) for a, b in pairwise(cuts[1:])]
-    ranks = Ranks(folder, ModelConfig.read(folder), posts, precision=precision, dtype=torch.float32, threads=1, kernels=kernels)
+    ranks = Ranks(folder, ModelConfig.read(folder), posts, home=CPU, precision=precision, dtype=torch.float32, threads=1, kernels=kernels)
     return assembled(folder, precision, [held(folder, range(cuts[1]), precision, kernels)], ranks)
 
 
-def greedy(model: SpreadModel | EagerModel, new: int = NEW) -> tuple[list[int], Tensor]:
+def greedy(model: SpreadModel | EagerModel | LayeredModel, new: int = NEW) -> tuple[list[int], Tensor]:
     """A prompt, in two chunks, then one token at a time: the tokens and the last logits."""
     pages = tuple(range(pages_for(PROMPT + new)))
-    latents = LatentPool(model.config, len(pages), model.latent_dtype, CPU)
+    in_parts = isinstance(model, LayeredModel)
+    latents = model.pool(len(pages)) if in_parts else LatentPool(model.config, len(pages), model.latent_dtype, CPU)
     ids = torch.randint(8000, (PROMPT,), generator=torch.Generator().manual_seed(5)).tolist()
     said: list[int] = []
     model.forward(Step(ids=tuple(ids[:25]), spans=(Span(tokens=25, context=25, pages=pages[:2]),), wanted=()), latents)
@@ -125,6 +128,55 @@ def test_spread_over_processes_says_token_for_token_what_the_whole_model_says(
     closing.append(model)
     said, ours = greedy(model)
     assert said == wanted and torch.allclose(ours, logits, atol=1e-4)
+
+
+def in_layers(folder: Path, precision: str, cuts: list[int], on_cpu: int = 0, kernels: str = "torch") -> LayeredModel:
+    """Layers between `cuts` on devices of their own, which are all this CPU; the last experts of every layer where a plan puts what does
+    not fit."""
+    config = ModelConfig.read(folder)
+    experts = config.n_routed_experts or 0
+    held, device = range(experts - on_cpu), Device(name="cpu", kind="gpu", free_bytes=0, bytes_per_s=1.0)
+    shares = [Share(device=device, layers=range(a, b), experts=held, weight_bytes=0) for a, b in pairwise(cuts)]
+    if on_cpu:
+        shares.append(Share(device=replace(device, kind="cpu"), layers=range(0), experts=range(held.stop, experts), weight_bytes=0))
+    how = {"dtype": torch.float32, "threads": 1, "kernels": kernels, "progress": quiet}
+    model = load_spread(folder, shares, precision=precision, **how)
+    assert isinstance(model, LayeredModel)
+    return model
+
+
+@pytest.mark.parametrize("cuts", [[0, 1, 3], [0, 2, 3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_layers_on_several_devices_say_token_for_token_what_the_whole_model_says(folder: Path, cuts: list[int], precision: str):
+    reference = whole(folder, precision)
+    wanted, logits = greedy(reference)
+    model = in_layers(folder, precision, cuts)
+    said, ours = greedy(model)
+    assert said == wanted and torch.equal(ours, logits)
+    assert model.weight_bytes == reference.weight_bytes, "no weight is there twice"
+    assert [len(part.c_kv) for part in model.pool(1).parts] == [b - a for a, b in pairwise(cuts)], "each part has its own latents only"
+
+
+def test_four_devices_have_a_layer_each(tmp_path: Path):
+    config = twins.hub_config(Entry(name="twin", shape=LARGE, context_tokens=1), num_hidden_layers=4)
+    folder = twins.write(tmp_path / "twin", config, dtype=torch.float32)
+    assert greedy(in_layers(folder, "float32", [0, 1, 2, 3, 4]))[0] == greedy(whole(folder, "float32"))[0]
+
+
+def test_layers_on_several_devices_with_experts_in_the_cpus_memory_say_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hot, "CHECKED_STEPS", 2)
+    monkeypatch.setattr(hot, "MIN_USES", 1.0)
+    model = in_layers(folder, "float32", [0, 2, 3], on_cpu=9, kernels="auto")
+    said, logits = greedy(model)
+    wanted, whole_logits = greedy(whole(folder, "float32"))
+    assert said == wanted and torch.allclose(logits, whole_logits, atol=1e-4)
+    assert all(part.hot is not None and part.hot.moves for part in model.parts), "and the most used are moved, of each part"
+
+
+def test_embeddings_that_are_the_output_too_lie_at_both_ends(tmp_path: Path):
+    config = twins.hub_config(Entry(name="twin", shape=LITE, context_tokens=1), tie_word_embeddings=True)
+    folder = twins.write(tmp_path / "twin", config, dtype=torch.float32)
+    assert greedy(in_layers(folder, "float32", [0, 1, 3]))[0] == greedy(whole(folder, "float32"))[0]
 
 
 @pytest.mark.skipif(not available_levels(), reason="the kernels were not compiled")
@@ -218,10 +270,57 @@ def test_a_process_that_fails_in_a_step_brings_its_traceback_home(
     assert len(greedy(model, new=1)[0]) == 1
 
 
+def test_a_rank_that_waits_for_one_that_is_gone_and_is_not_told_looks_itself():
+    """As with NCCL, whose waiting never ends then. gloo's group, which is asked in the same words, shows what is complete."""
+    with tempfile.TemporaryDirectory() as folder:
+        group, _ = meet(Path(folder), 0, 1, "gloo")
+        wire = Wire(group, "nccl", CPU, lambda: False)
+        assert torch.equal(wire.reduce(torch.ones(2)), torch.ones(2)), "what is complete is taken"
+        aborted = []
+
+        class Forever:
+            def is_completed(self) -> bool:
+                return False
+
+        class Stuck:
+            def broadcast(self, tensor: Tensor, root: int) -> Forever:
+                return Forever()
+
+            reduce = broadcast
+
+            def abort(self) -> None:
+                aborted.append(True)
+
+        with pytest.raises(ConnectionLost, match="a process has ended"):
+            Wire(Stuck(), "nccl", CPU, lambda: True).broadcast(torch.ones(2))
+        assert aborted
+
+
+@pytest.mark.parametrize(
+    ("home", "posts", "backend"),
+    [
+        ("cuda:0", ("cuda:1", "cuda:2"), "nccl"),
+        ("cuda:0", ("cuda:0",), "gloo"),
+        ("cuda", ("cuda",), "gloo"),
+        ("cuda:0", ("cuda:1", "cpu"), "gloo"),
+        ("cpu", ("cpu",), "gloo"),
+    ],
+)
+def test_nccl_is_taken_where_every_rank_has_a_card_of_its_own(
+    home: str, posts: tuple[str, ...], backend: str, one_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    ranks = Ranks(
+        one_folder, ModelConfig.read(one_folder), [Post(device=post, first=0, stop=1) for post in posts], home=torch.device(home),
+        precision="float32", dtype=torch.float32, threads=1, kernels="torch",
+    )  # fmt: skip
+    assert ranks._backend == backend
+
+
 def test_a_process_that_cannot_start_says_why(one_folder: Path, tmp_path: Path):
     broken = Ranks(
-        tmp_path / "nowhere", ModelConfig.read(one_folder), [Post(device="cpu", first=0, stop=3)], precision="float32", dtype=torch.float32,
-        threads=1, kernels="torch",
+        tmp_path / "nowhere", ModelConfig.read(one_folder), [Post(device="cpu", first=0, stop=3)], home=CPU, precision="float32",
+        dtype=torch.float32, threads=1, kernels="torch",
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 could not start: Traceback.*holds no config.json"):
         broken.begin(1)
@@ -292,6 +391,46 @@ def test_a_model_that_fits_no_device_alone_is_loaded_over_several_as_planned(
         assert len(greedy(model)[0]) == NEW
     form = runner.choose(config, device="auto", dtype=precision.value, kernels="auto")
     assert any("routed experts" in words for words in form.spread_in_words)
+
+
+async def test_a_model_whose_layers_are_divided_as_planned_reuses_what_it_computed_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Copied, shifted, kept on disk and taken back: each device with its own part of the latents."""
+    config = ModelConfig.read(STARTER)
+    context = config.max_position_embeddings
+    needed = sum(group.bytes for group in groups(config, Precision.FLOAT32)) + context * config.num_hidden_layers * config.latent_dim * 4
+    free = RESERVED_BYTES["gpu"] + working_bytes(config, context) + int(0.6 * needed)
+    cards = (Device(name="cpu", kind="gpu", free_bytes=free, bytes_per_s=1e13),) * 2  # so fast that hops are what takes time
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    text = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\n" * 12
+    first = Request(prompt=Fim(prefix=text + "def mean(values):\n", suffix=""), max_new_tokens=12)
+    again = replace(first, prompt=Fim(prefix="import math\n" + text + "def mean(values):\n", suffix=""), reuse=Reuse.SHIFTED)
+
+    async def said(engine: LocalEngine, request: Request) -> tuple[str, Cost]:
+        generation = engine.submit(request)
+        spoken = "".join([piece async for piece in generation])
+        assert generation.cost is not None
+        return spoken, generation.cost
+
+    answers, costs = [], []
+    for devices in ((), cards, cards):
+        monkeypatch.setattr(runner, "real_devices", lambda devices=devices: devices)
+        folder = tmp_path / ("layers" if devices else "whole")
+        engine = load_engine(STARTER, dtype="float32", threads=2, kernels="torch", disk=Disk(folder, 10**9))
+        try:
+            assert isinstance(engine._runner.model, LayeredModel) == bool(devices)
+            found = [await said(engine, request) for request in (first, first, again)]
+            await asyncio.to_thread(engine.rested.wait, 60)
+            found.append(await said(engine, again))
+        finally:
+            engine.close()
+        answers.append([spoken for spoken, _ in found])
+        costs.append([cost for _, cost in found])
+    assert answers[0] == answers[1] == answers[2]
+    assert [cost.computed_tokens for cost in costs[0]] == [cost.computed_tokens for cost in costs[1]]
+    assert costs[1][1].computed_tokens <= 1 and costs[1][2].shifted_tokens, "copied and shifted"
+    assert costs[2][0].computed_tokens < 20, "taken back from disk"
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_numbers_and_the_nearest_plan(one_folder: Path, monkeypatch: pytest.MonkeyPatch):
