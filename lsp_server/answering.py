@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from lsprotocol import types
 
-from lsp_server.actions import act, workspace_edit, writing_tests
-from lsp_server.actions.act import Asked, Span, Task
+from lsp_server.actions import prompting, reading, tasks, workspace_edit, writing_tests
 from lsp_server.actions.explained import Explanation
 from lsp_server.actions.guard import path_of
+from lsp_server.actions.tasks import Asked, Span, Task
 from lsp_server.actions.writing_tests import Plan, Watched
 from lsp_server.activity import Activity
 from lsp_server.connection import Connection, LastAction
@@ -81,7 +81,7 @@ async def perform(server: Connection, asked: Asked) -> Done:
     try:
         document = server.session.find(asked.uri)
         limit = server.settings.inline.max_document_chars
-        task = act.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
+        task = tasks.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
         server.stop_ahead()
         async with engine_for(server) as engine:
             activity = Activity(server, task.title, action.name, asked.uri)
@@ -97,16 +97,16 @@ async def done(server: Connection, engine: Engine, task: Task, activity: Activit
     head, settings = task.action.head, server.settings.actions
     if head.answer == "new_file":
         return await tests_written(server, engine, task, activity)
-    chat, context = act.prompt(task, engine, settings, [], {})
+    chat, context = prompting.prompt(task, engine, settings, [], {})
     document = server.session.find(task.asked.uri)
     bound = None if head.answer == "show" else document
-    words = await act.answer(engine, chat, head.max_new_tokens, settings, activity.heard, bound)
-    notes = act.notes_of(engine, words, context.dropped)
+    words = await reading.answer(engine, chat, head.max_new_tokens, settings, activity.heard, bound)
+    notes = reading.notes_of(engine, words, context.dropped)
     if head.answer == "show":
-        text, region = act.shown(task, words), task.region
+        text, region = reading.shown(task, words), task.region
         server.explained.keep(Explanation(task.asked.uri, region.lines[region.first : region.last + 1], text))
         return Done(title=task.title, words=text, notes=notes, cost=words.cost)
-    changes = await asyncio.to_thread(act.changes, task, words)  # a long file takes long to parse
+    changes = await asyncio.to_thread(reading.changes, task, words)  # a long file takes long to parse
     if document is None or server.session.find(task.asked.uri) is not document or document.version != task.snapshot.version:
         raise Stale("The document changed or was closed while the model answered, so nothing is changed. Ask again.")
     edits = workspace_edit.text_edits(task.snapshot, changes)

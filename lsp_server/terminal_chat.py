@@ -21,11 +21,12 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-from lsp_server.actions import act, guard, references, regions, writing_tests
-from lsp_server.actions.act import Asked, Heard, Place, Span, Task
+from lsp_server.actions import guard, prompting, reading, references, regions, tasks, writing_tests
 from lsp_server.actions.conversations import Conversations
 from lsp_server.actions.extraction import cleaned
+from lsp_server.actions.reading import Heard
 from lsp_server.actions.references import Reference
+from lsp_server.actions.tasks import Asked, Place, Span, Task
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.host import Host
 from lsp_server.session import Document, Encoding, Session, split_lines
@@ -97,13 +98,15 @@ class TerminalChat:
             for order, reference in enumerate(self._pending)
         ]
         question = self._conversations.ask(self.engine, settings, self._id, text, parts)
-        words = await self._watched(lambda heard: act.answer(self.engine, question.chat, settings.max_new_tokens, settings, heard, None))
+        words = await self._watched(
+            lambda heard: reading.answer(self.engine, question.chat, settings.max_new_tokens, settings, heard, None)
+        )
         answer = cleaned(words.text, question.words).strip()
         if not answer:
             raise Unusable("The model gave no answer. Ask again, in other words.")
         self._conversations.answered(question, answer)
         self._id, self._pending = question.conversation, []
-        self._note(act.notes_of(self.engine, words, question.dropped))
+        self._note(reading.notes_of(self.engine, words, question.dropped))
 
     async def _act(self, name: str, instruction: str) -> None:
         """An action at the last file referred to."""
@@ -117,18 +120,18 @@ class TerminalChat:
         reported = (instruction,) if instruction and action.head.applies_to == "diagnostic" else ()
         asked = Asked(action=name, uri=document.uri, range=self._current.range or whole, diagnostics=reported, instruction=instruction)
         limit = self.settings.inline.max_document_chars
-        task = act.prepare(action, asked, document, self._shown(document.uri), [self.folder.as_uri()], limit)
+        task = tasks.prepare(action, asked, document, self._shown(document.uri), [self.folder.as_uri()], limit)
         if action.head.answer == "new_file":
             await self._tests(task)
             return
-        chat, context = act.prompt(task, self.engine, self.settings.actions, [], {})
+        chat, context = prompting.prompt(task, self.engine, self.settings.actions, [], {})
         most = action.head.max_new_tokens
-        words = await self._watched(lambda heard: act.answer(self.engine, chat, most, self.settings.actions, heard, None))
-        self._note(act.notes_of(self.engine, words, context.dropped))
+        words = await self._watched(lambda heard: reading.answer(self.engine, chat, most, self.settings.actions, heard, None))
+        self._note(reading.notes_of(self.engine, words, context.dropped))
         if action.head.answer == "show":
-            act.shown(task, words)
+            reading.shown(task, words)
         else:
-            self._offer(document.uri, document.text, regions.applied(task.region.lines, act.changes(task, words)))
+            self._offer(document.uri, document.text, regions.applied(task.region.lines, reading.changes(task, words)))
 
     async def _tests(self, task: Task) -> None:
         plan = writing_tests.plan(task, [self.folder.as_uri()])

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsp_server.actions import act, extraction, guard, sandbox, suites
-from lsp_server.actions.act import Heard, Task, Words
+from lsp_server.actions import extraction, guard, prompting, reading, sandbox, suites
 from lsp_server.actions.extraction import fence_language
 from lsp_server.actions.guard import path_of
+from lsp_server.actions.reading import Heard, Words
 from lsp_server.actions.regions import Change
 from lsp_server.actions.suites import Suite
 from lsp_server.actions.surroundings import Part
+from lsp_server.actions.tasks import Task
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.settings import ActionSettings
 from model_host.generation import Engine
@@ -214,19 +215,19 @@ async def write(
     """Test code for the task, and notes for the user; what does not work is mended once. Raises Refusal."""
     head = task.action.head
     parts = [part(plan, task.snapshot.language, head.context.index("tests"))] if "tests" in head.context else []
-    chat, found = act.prompt(task, engine, settings, parts, {"framework": plan.suite.framework, "module": plan.suite.module})
-    words = await act.answer(engine, chat, head.max_new_tokens, settings, watched.heard, None)
+    chat, found = prompting.prompt(task, engine, settings, parts, {"framework": plan.suite.framework, "module": plan.suite.module})
+    words = await reading.answer(engine, chat, head.max_new_tokens, settings, watched.heard, None)
     wrong, code, notes = await judged(task, plan, words, python)
     if wrong is not None:
         await watched.start_over(wrong)
-        chat = act.continued(chat, words.text, repair(wrong))
-        words = await act.answer(engine, chat, head.max_new_tokens, settings, watched.heard, None)
+        chat = prompting.continued(chat, words.text, repair(wrong))
+        words = await reading.answer(engine, chat, head.max_new_tokens, settings, watched.heard, None)
         wrong, code, notes = await judged(task, plan, words, python)
     if not code:
         raise Unusable(f"{wrong} Nothing was written: ask again.")
     if wrong is not None:
         notes = (*notes, f"The tests are written as they came, and do not work yet. {wrong}")
-    return code, (*act.notes_of(engine, words, found.dropped), *notes)
+    return code, (*reading.notes_of(engine, words, found.dropped), *notes)
 
 
 async def judged(task: Task, plan: Plan, words: Words, python: str) -> tuple[str | None, str, tuple[str, ...]]:

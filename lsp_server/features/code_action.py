@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from lsprotocol import types
 
 from lsp_server import answering
-from lsp_server.actions import act
-from lsp_server.actions.act import Asked, Span
+from lsp_server.actions import tasks
+from lsp_server.actions.tasks import Asked, Span
 from lsp_server.activity import own_capabilities, plain, refused
 from lsp_server.connection import RUN, Connection
 from lsp_server.errors import Refusal
@@ -35,7 +35,7 @@ def register(server: Connection) -> None:
                 continue
             if head.asks and not own_capabilities(server).get("input"):
                 continue
-            if (title := act.fits(action, snapshot, span_asked, len(diagnostics))) is None:
+            if (title := tasks.fits(action, snapshot, span_asked, len(diagnostics))) is None:
                 continue
             about_diagnostic = head.applies_to == "diagnostic"
             asked = Asked(
@@ -64,7 +64,7 @@ def register(server: Connection) -> None:
 
 
 def span_of(range: types.Range) -> Span:
-    start, end = (act.Place(line=place.line, character=place.character) for place in (range.start, range.end))
+    start, end = (tasks.Place(line=place.line, character=place.character) for place in (range.start, range.end))
     return Span(start=start, end=end)
 
 

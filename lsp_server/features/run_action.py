@@ -3,7 +3,7 @@
 from typing import Any
 
 from lsp_server import answering, editing, showing
-from lsp_server.actions.act import Asked
+from lsp_server.actions.tasks import Asked
 from lsp_server.activity import plain, refused, stop_with_request
 from lsp_server.connection import RUN, Connection
 from lsp_server.errors import Refusal

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_server.actions import act, regions
+from lsp_server.actions import prompting, reading, regions
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.settings import ActionSettings
 from prompts import library
@@ -108,7 +108,7 @@ async def test_strings_over_several_lines_stay_as_they_are():
 async def test_code_that_holds_fences_is_shown_in_longer_ones_and_comes_back_whole():
     before = 'def f():\n    """Use:\n\n    ```\n    f()\n    ```\n    """\n    |return 1\n'
     task, _ = task_of(before, "fix", diagnostics=("x",))
-    chat, _ = act.prompt(task, ScriptedEngine([]), ActionSettings(), [], {})
+    chat, _ = prompting.prompt(task, ScriptedEngine([]), ActionSettings(), [], {})
     assert "````python" in chat.messages[0].content
     answer = '```python\ndef f():\n    """Use:\n\n    ```\n    f()\n    ```\n    """\n    return 2\n```\nDone.'
     assert await after(before, "fix", answer, diagnostics=("x",)) == before.replace("|", "").replace("return 1", "return 2")
@@ -185,7 +185,7 @@ async def test_what_looks_like_a_turn_of_the_talk_is_neither_forged_nor_lost():
     before = 'def f():\n    return """\n\nUser: hello\n\nAssistant: hi\n"""\n\n\ndef g():\n    |return 1\n'
     selected = "«" + before.replace("|", "") + "»"
     task, _ = task_of(selected, "simplify")
-    chat, _ = act.prompt(task, ScriptedEngine([]), ActionSettings(), [], {})
+    chat, _ = prompting.prompt(task, ScriptedEngine([]), ActionSettings(), [], {})
     assert "\n\nUser:" not in chat.messages[0].content and "\n\nAssistant:" not in chat.messages[0].content
     answer = "```python\n" + task.region.shown.replace("return 1", "return 2").replace("\n\nUser", "\n\n User").replace(
         "\n\nAss", "\n\n Ass"
@@ -234,15 +234,15 @@ async def test_words_to_read_are_shown_as_they_came_without_what_is_not_the_answ
     task, _ = task_of("«def f():\n    return 1»\n", name, diagnostics=("x",), instruction="Rust")
     pieces = answer.split(" ") if len(answer) > 1000 else [answer]
     engine, settings = ScriptedEngine(pieces), ActionSettings()
-    chat, _ = act.prompt(task, engine, settings, [], {})
-    words = await act.answer(engine, chat, 99, settings, act.unheard, None)
+    chat, _ = prompting.prompt(task, engine, settings, [], {})
+    words = await reading.answer(engine, chat, 99, settings, reading.unheard, None)
     if shown is None:
         with pytest.raises(Unusable):
-            act.shown(task, words)
+            reading.shown(task, words)
     elif len(answer) > 1000:
-        assert words.is_cut_off and len(act.shown(task, words)) < 2000
+        assert words.is_cut_off and len(reading.shown(task, words)) < 2000
     else:
-        assert act.shown(task, words) == shown
+        assert reading.shown(task, words) == shown
 
 
 async def test_an_action_of_the_users_own_can_insert_above(monkeypatch: pytest.MonkeyPatch):
@@ -288,7 +288,7 @@ SNIPPETS = [
 def test_whatever_the_answer_the_file_still_parses_and_lines_elsewhere_stay(answer: str, name: str):
     task, _ = task_of(ADD, name, diagnostics=("x",))
     try:
-        changes = act.changes(task, act.Words(text=answer, is_cut_off=False, cost=None))
+        changes = reading.changes(task, reading.Words(text=answer, is_cut_off=False, cost=None))
     except Unusable:
         return
     result = regions.applied(task.region.lines, changes)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lsprotocol import types
 
-from lsp_server.actions import act, regions, sandbox, writing_tests
+from lsp_server.actions import reading, regions, sandbox, tasks, writing_tests
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.session import split_lines
 from lsp_server.settings import ActionSettings
@@ -36,11 +36,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(root: Path, line: int = 8) -> tuple[act.Task, writing_tests.Plan]:
+def prepared(root: Path, line: int = 8) -> tuple[tasks.Task, writing_tests.Plan]:
     uri = (root / "shop.py").as_uri()
     here = types.Range(types.Position(line, 0), types.Position(line, 0))
     asked = asked_of("tests", here, uri=uri)
-    task = act.prepare(ACTIONS["tests"], asked, document_of(SHOP, uri=uri), "shop.py", [root.as_uri()], 2_000_000)
+    task = tasks.prepare(ACTIONS["tests"], asked, document_of(SHOP, uri=uri), "shop.py", [root.as_uri()], 2_000_000)
     return task, writing_tests.plan(task, [root.as_uri()])
 
 
@@ -124,7 +124,7 @@ async def written(root: Path, python: str, *answers: str) -> tuple[str, tuple[st
     async def start_over(why: str) -> None:
         begun_anew.append(why)
 
-    watched = writing_tests.Watched(heard=act.unheard, start_over=start_over)
+    watched = writing_tests.Watched(heard=reading.unheard, start_over=start_over)
     code, notes = await writing_tests.write(engine, task, plan, ActionSettings(), python, watched)
     return code, notes, engine, begun_anew
 
