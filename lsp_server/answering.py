@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from lsprotocol import types
 
-from lsp_server.actions import prompting, reading, tasks, workspace_edit, writing_tests
+from lsp_server.actions import joining_tests, prompting, reading, tasks, workspace_edit, writing_tests
 from lsp_server.actions.explained import Explanation
 from lsp_server.actions.guard import path_of
+from lsp_server.actions.suites import Plan
 from lsp_server.actions.tasks import Asked, Span, Task
-from lsp_server.actions.writing_tests import Plan, Watched
+from lsp_server.actions.writing_tests import Watched
 from lsp_server.activity import Activity
 from lsp_server.connection import Connection, LastAction
 from lsp_server.errors import Refusal, Stale
@@ -123,7 +124,7 @@ async def tests_written(server: Connection, engine: Engine, task: Task, activity
         plan = replace(plan, existing=target.text)
     watched = Watched(heard=activity.heard, start_over=activity.start_over)
     code, notes = await writing_tests.write(engine, task, plan, settings, server.settings.tests_python, watched)
-    edit = tests_edit(server, task, plan, target, code)
+    edit = await tests_edit(server, task, plan, target, code)
     return Done(title=task.title, edit=edit, notes=notes)
 
 
@@ -131,20 +132,19 @@ def is_file(document: Document, plan: Plan) -> bool:
     return path_of(document.uri) == plan.suite.file
 
 
-def tests_edit(server: Connection, task: Task, plan: Plan, target: Document | None, code: str) -> types.WorkspaceEdit:
+async def tests_edit(server: Connection, task: Task, plan: Plan, target: Document | None, code: str) -> types.WorkspaceEdit:
     """A new file, or an addition to the one that is there, open or not. Raises Refusal when it changed meanwhile."""
     uri = target.uri if target else plan.suite.file.as_uri()
     if target is None and not plan.existing:
         if plan.suite.file.exists():
             raise Stale(f"{plan.suite.file.name} appeared while the model answered, so nothing is written. Ask again.")
         return workspace_edit.new_file(server.client_capabilities, uri, code.rstrip("\n") + "\n", task.title)
-    if target is not None and target.text != plan.existing:
-        raise Stale(f"{plan.suite.file.name} changed while the model answered, so nothing is added. Ask again.")
     item = types.TextDocumentItem(uri, task.snapshot.language, 0, plan.existing)
-    document = target or Document(item, server.session.encoding)
-    snapshot = document.snapshot(types.Position(0, 0))
+    snapshot = (target or Document(item, server.session.encoding)).snapshot(types.Position(0, 0))
     if target is None:
         snapshot = replace(snapshot, version=None)
-    added = writing_tests.addition(plan, task.snapshot.language, code)
-    edits = workspace_edit.text_edits(snapshot, writing_tests.changes(snapshot.lines, snapshot.newline, added))
+    changes = await asyncio.to_thread(joining_tests.changes, snapshot.lines, snapshot.newline, task.snapshot.language, code)
+    if target is not None and target.text != plan.existing:
+        raise Stale(f"{plan.suite.file.name} changed while the model answered, so nothing is added. Ask again.")
+    edits = workspace_edit.text_edits(snapshot, changes)
     return workspace_edit.edit_of(server.client_capabilities, snapshot, edits, task.title, confirm=True)

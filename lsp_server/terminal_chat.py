@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-from lsp_server.actions import guard, prompting, reading, references, regions, tasks, writing_tests
+from lsp_server.actions import guard, joining_tests, prompting, reading, references, regions, tasks, writing_tests
 from lsp_server.actions.conversations import Conversations
 from lsp_server.actions.extraction import cleaned
 from lsp_server.actions.reading import Heard
@@ -149,9 +149,8 @@ class TerminalChat:
         new = code.rstrip("\n") + "\n"
         if plan.existing:
             lines = tuple(split_lines(plan.existing))
-            added = writing_tests.addition(plan, task.snapshot.language, code)
             newline = Document(types.TextDocumentItem("", "", 0, plan.existing), Encoding.Utf32).snapshot(types.Position(0, 0)).newline
-            new = regions.applied(lines, writing_tests.changes(lines, newline, added))
+            new = regions.applied(lines, joining_tests.changes(lines, newline, task.snapshot.language, code))
         self._offer(plan.suite.file.as_uri(), plan.existing, new)
 
     async def _watched(self, work: Callable[[Heard], Any]) -> Any:

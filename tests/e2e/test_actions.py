@@ -283,6 +283,23 @@ async def test_tests_are_added_to_the_file_that_is_there(tmp_path: Path):
         assert [(edit.range.start.line, edit.range.end.line) for edit in change.edits] == [(1, 1), (5, 5)]
 
 
+async def test_tests_are_added_to_a_class_that_is_there(tmp_path: Path):
+    source, tests = tmp_path / "src/main/java/Cart.java", tmp_path / "src/test/java/CartTest.java"
+    for file, text in ((source, "class Cart {\n    int total() {\n        return 0;\n    }\n}\n"), (tests, "class CartTest {\n}\n")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    answer = "```java\nclass CartTest {\n    @Test\n    void zero() {\n        new Cart().total();\n    }\n}\n```"
+    async with editor(*scripted(answer)) as running:
+        await begin(running, able(), folder=tmp_path.as_uri())
+        running.open(source.read_text(), uri=source.as_uri(), language="java")
+        question = asked("tests", source.as_uri()) | {"range": {"start": {"line": 2, "character": 0}, "end": {"line": 2, "character": 0}}}
+        await run(running, types.Command(title="", command="deepseek-lsp.run", arguments=[question]))
+        (change,) = running.applied[0].document_changes
+        (edit,) = change.edits
+        assert change.text_document.uri == tests.as_uri() and edit.range == types.Range(types.Position(1, 0), types.Position(1, 0))
+        assert edit.new_text == "    @Test\n    void zero() {\n        new Cart().total();\n    }\n"
+
+
 async def test_a_client_that_cannot_create_files_is_told_so(tmp_path: Path):
     async with editor(*scripted(TESTS)) as running:
         command = await with_project(running, tmp_path, modest())

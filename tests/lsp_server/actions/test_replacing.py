@@ -142,6 +142,32 @@ async def test_other_languages_come_back_in_the_documents_indentation():
         await after(before, "fix", prose, language="java", diagnostics=("x",))
 
 
+@pytest.mark.parametrize(
+    ("language", "before", "answer", "after_it"),
+    [
+        ("go", "func f() int {\n\t|return 1\n}\n", "func f() int {\n\treturn 2\n}", "func f() int {\n\treturn 2\n}\n"),
+        ("typescript", "function f() {\n  |return 1;\n}\n", "function f() {\n  return 2;\n}", "function f() {\n  return 2;\n}\n"),
+        ("rust", "fn f() -> u8 {\n    |1\n}\n", "fn f() -> u8 {\n    2\n}", "fn f() -> u8 {\n    2\n}\n"),
+        ("ruby", "def f\n  |1\nend\n", "def f\n  2\nend", "def f\n  2\nend\n"),
+    ],
+)
+async def test_what_parsed_still_does_in_every_language_that_has_a_parser(language: str, before: str, answer: str, after_it: str):
+    assert await after(before, "fix", f"```\n{answer}\n```", language=language, diagnostics=("x",)) == after_it
+    opening = answer.split("\n", maxsplit=1)[0]
+    whole = f"```\n{opening}\n```\nor rather\n```\n{answer}\n```"
+    assert await after(before, "fix", whole, language=language, diagnostics=("x",)) == after_it
+    with pytest.raises(Unusable, match=r"no longer parse \(line \d+\)"):
+        await after(before, "fix", f"```\n{opening}\n  (\n```", language=language, diagnostics=("x",))
+    broken = before + "\n((( is being written\n"
+    assert (await after(broken, "fix", f"```\n{answer}\n```", language=language, diagnostics=("x",))).startswith(after_it)
+
+
+async def test_a_language_without_a_parser_is_changed_all_the_same():
+    before = "function f()\n  |return 1\nend\n"
+    answer = "```\nfunction f()\n  return 2\nend\n```"
+    assert await after(before, "fix", answer, language="lua", diagnostics=("x",)) == before.replace("|", "").replace("1", "2")
+
+
 DOCUMENTED = '    def total(self, tax):\n        """Adds all up.\n\n        Taxed.\n        """\n        return 0\n'
 
 

@@ -4,13 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from lsprotocol import types
 
-from lsp_server.actions import reading, regions, sandbox, tasks, writing_tests
-from lsp_server.errors import Refusal, Unusable
-from lsp_server.session import split_lines
+from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, writing_tests
+from lsp_server.errors import Refusal
 from lsp_server.settings import ActionSettings
 from tests.lsp_server.drawn import ACTIONS, asked_of, document_of
 from tests.scripted import AnsweringEngine
@@ -36,7 +33,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(root: Path, line: int = 8) -> tuple[tasks.Task, writing_tests.Plan]:
+def prepared(root: Path, line: int = 8) -> tuple[tasks.Task, suites.Plan]:
     uri = (root / "shop.py").as_uri()
     here = types.Range(types.Position(line, 0), types.Position(line, 0))
     asked = asked_of("tests", here, uri=uri)
@@ -45,7 +42,7 @@ def prepared(root: Path, line: int = 8) -> tuple[tasks.Task, writing_tests.Plan]
 
 
 def problem(root: Path, code: str, line: int = 8) -> str | None:
-    return writing_tests.problem(*prepared(root, line), code)
+    return checking_tests.problem(*prepared(root, line), code)
 
 
 def test_tests_that_import_what_is_there_have_no_problem(root: Path):
@@ -68,12 +65,54 @@ def test_tests_that_cannot_work_are_told_why(root: Path, code: str, said: str):
     assert said in problem(root, code)
 
 
+JAVA_CART = "package shop;\n\nclass Cart {\n    int total() {\n        return 0;\n    }\n}\n"
+JAVA_TEST = "class CartTest {\n    @Test\n    void zero() {\n        new Cart().total();\n    }\n}"
+
+
+def elsewhere(root: Path, name: str, text: str, language: str, line: int) -> tuple[tasks.Task, suites.Plan]:
+    """As `prepared`, for a file in another language."""
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+    uri = (root / name).as_uri()
+    asked = asked_of("tests", types.Range(types.Position(line, 0), types.Position(line, 0)), uri=uri)
+    task = tasks.prepare(ACTIONS["tests"], asked, document_of(text, language, uri), name, [root.as_uri()], 2_000_000)
+    return task, writing_tests.plan(task, [root.as_uri()])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "language", "line", "code", "said"),
+    [
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST, None),
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST.removesuffix("}"), "does not parse, from line"),
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST.replace("@Test", ""), "no test"),
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST.replace("total", "sum"), "never use total"),
+        ("Cart.java", JAVA_CART, "java", 3, "public " + JAVA_TEST.replace("CartTest", "Tests"), "called CartTest"),
+        ("a.ts", "export function add(a: number) { return a; }\n", "typescript", 0, "test.each([1])('x', () => add(1));", None),
+        ("a.ts", "export function add(a: number) { return a; }\n", "typescript", 0, "add(1);", "no test"),
+        ("a.go", "package a\n\nfunc Add() int { return 1 }\n", "go", 2, "func TestAdd(t *testing.T) { Add() }", None),
+        ("a.go", "package a\n\nfunc Add() int { return 1 }\n", "go", 2, "func TestAdd(t *testing.T) { add() }", "never use Add"),
+        ("src/a.rs", "pub fn add() {}\n", "rust", 0, "#[tokio::test]\nasync fn adds() { add(); }", None),
+        ("A.kt", "fun add() = 1\n", "kotlin", 0, "class ATest {\n    @Test\n    fun a() { add() }\n}", None),
+    ],
+)
+def test_tests_in_other_languages_are_read_too(root: Path, name: str, text: str, language: str, line: int, code: str, said: str | None):
+    found = checking_tests.problem(*elsewhere(root, name, text, language, line), code)
+    assert found is None if said is None else found is not None and said in found
+
+
+def test_a_forgotten_package_is_put_in(root: Path):
+    task, plan = elsewhere(root, "Cart.java", JAVA_CART, "java", 3)
+    code = checking_tests.code_of(task, plan, f"```java\n{JAVA_TEST}\n```", is_cut_off=False)
+    assert code == f"package shop;\n\n{JAVA_TEST}"
+    assert checking_tests.code_of(task, plan, f"```java\n{code}\n```", is_cut_off=False) == code
+
+
 def test_a_forgotten_import_of_the_tested_name_is_put_in(root: Path):
     task, plan = prepared(root, line=4)
     answer = "```python\ndef test_total():\n    assert Cart().total() == 0\n```"
-    code = writing_tests.code_of(task, plan, answer, is_cut_off=False)
+    code = checking_tests.code_of(task, plan, answer, is_cut_off=False)
     assert code == "from shop import Cart\n\n\ndef test_total():\n    assert Cart().total() == 0"
-    assert writing_tests.problem(task, plan, code) is None
+    assert checking_tests.problem(task, plan, code) is None
 
 
 def test_tests_are_written_nowhere_but_in_the_workspace(root: Path):
@@ -83,38 +122,6 @@ def test_tests_are_written_nowhere_but_in_the_workspace(root: Path):
     (root / "tests").symlink_to("/")
     with pytest.raises(Refusal, match="outside the workspace"):
         writing_tests.plan(task, [root.as_uri()])
-
-
-def added(existing: str, code: str, newline: str = "\n") -> str:
-    lines = tuple(split_lines(existing))
-    found = writing_tests.python_addition(existing, code)
-    assert all(change.first == change.end for change in writing_tests.changes(lines, newline, found))
-    return regions.applied(lines, writing_tests.changes(lines, newline, found))
-
-
-def test_tests_are_added_below_those_that_are_there_and_their_imports_behind_the_others():
-    existing = "import pytest\n\n\ndef test_old():\n    assert True\n"
-    new = "import pytest\n" + GOOD.replace("def test_add", "@pytest.mark.slow\ndef test_add") + "\n\ndef test_old():\n    pass\n"
-    assert added(existing, new) == (
-        "import pytest\nfrom shop import add\n\n\ndef test_old():\n    assert True\n\n\n"
-        "@pytest.mark.slow\ndef test_add():\n    assert add(1, 2) == 3\n\n\ndef test_old_2():\n    pass\n"
-    )
-
-
-def test_nothing_is_added_to_a_file_that_does_not_parse():
-    with pytest.raises(Unusable, match="mend it first"):
-        added("def broken(:\n", GOOD)
-
-
-@given(
-    st.lists(st.sampled_from(["import os", "import pytest", "x = 1", "def test_add(): pass", "# é 🙂", "", '"""\ntext\n"""']), max_size=8)
-)
-def test_an_addition_keeps_every_line_that_is_there_in_order(lines: list[str]):
-    existing = "\n".join(lines)
-    result = added(existing, GOOD).split("\n")
-    place = 0
-    for line in existing.split("\n"):
-        place = result.index(line, place) + 1
 
 
 async def written(root: Path, python: str, *answers: str) -> tuple[str, tuple[str, ...], AnsweringEngine, list[str]]:
