@@ -13,7 +13,7 @@ from lsp_server.errors import Unusable
 
 OPENING = re.compile(r"[ \t]*(?P<marks>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^`\n]*$")
 SPECIAL = re.compile(r"<[｜|][^｜|<>\n]{1,40}[｜|]>")
-FORGED = re.compile(r"\n\n(User|Assistant):")
+FORGED = re.compile(r"(?:\r?\n){2}(User|Assistant):")
 UNSEEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 """Control characters, and those that make text read otherwise than it runs (CVE-2021-42574)."""
 TAGS = {
