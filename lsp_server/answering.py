@@ -43,22 +43,42 @@ def find(server: Connection, name: str) -> Action:
     return action
 
 
+def has_second(server: Connection) -> bool:
+    """Whether the user names another checkpoint for actions and chat."""
+    return server.settings.chat_model not in ("", server.settings.model)
+
+
 @contextlib.asynccontextmanager
-async def engine_for(server: Connection) -> AsyncIterator[Engine]:
-    """The engine for actions and chat: the second one where the user names a checkpoint for it. Raises Refusal."""
+async def engine_for(server: Connection) -> AsyncIterator[tuple[Engine, tuple[str, ...]]]:
+    """The engine for actions and chat, and notes about it: the second one where there is to be one, and the first where that cannot be
+    loaded. Raises Refusal."""
     if not server.settings.actions.enabled:
         raise Refusal("Actions are switched off: actions.enabled is false.")
-    if server.settings.chat_model in ("", server.settings.model):
-        yield first_engine(server)
-        return
-    second = server.second
-    if second.host.engine is not None:
-        async with second.engine(server.settings, lambda what, share: None) as engine:
-            yield engine
-        return
-    loading = Activity(server, f"Loading {server.settings.chat_model}", "load", "")
     async with contextlib.AsyncExitStack() as stack:
-        yield await loading.run(lambda: stack.enter_async_context(second.engine(server.settings, loading.inform)))
+        engine = await second_engine(server, stack) if has_second(server) else None
+        if engine is not None:
+            yield engine, ()
+        elif has_second(server):
+            first = first_engine(server)
+            yield first, (f"{server.settings.model} answers, since chat_model cannot be loaded. {server.second.host.message}",)
+        else:
+            yield first_engine(server), ()
+
+
+async def second_engine(server: Connection, stack: contextlib.AsyncExitStack) -> Engine | None:
+    """The second engine, held until `stack` ends, loaded with progress where it is not; None when that fails."""
+    second, settings = server.second, server.settings
+    if second.host.engine is not None:
+        return await stack.enter_async_context(second.engine(settings, lambda what, share: None))
+    if second.has_failed(settings):
+        return None
+    loading = Activity(server, f"Loading {settings.chat_model}", "load", "")
+    try:
+        return await loading.run(lambda: stack.enter_async_context(second.engine(settings, loading.inform)))
+    except Refusal:
+        if second.has_failed(settings):
+            return None
+        raise
 
 
 def first_engine(server: Connection) -> Engine:
@@ -84,9 +104,10 @@ async def perform(server: Connection, asked: Asked) -> Done:
         limit = server.settings.inline.max_document_chars
         task = tasks.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
         server.stop_ahead()
-        async with engine_for(server) as engine:
+        async with engine_for(server) as (engine, notes):
             activity = Activity(server, task.title, action.name, asked.uri)
             found = await activity.run(lambda: done(server, engine, task, activity))
+            found = replace(found, notes=(*notes, *found.notes))
     except Refusal as refusal:
         server.last_action = LastAction(title=action.title(""), reason=str(refusal))
         raise

@@ -60,8 +60,9 @@ async def answered(server: Connection, params: ChatParams) -> dict[str, Any]:
     name, _, instruction = params.text.strip().removeprefix("/").partition(" ")
     if params.text.startswith("/"):
         return await acted(server, params, name, instruction.strip())
-    async with answering.engine_for(server) as engine:
-        return await said(server, params, engine)
+    async with answering.engine_for(server) as (engine, notes):
+        answer = await said(server, params, engine)
+        return answer | {"notes": [*notes, *answer["notes"]]}
 
 
 async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[str, Any]:
