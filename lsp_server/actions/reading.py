@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from lsp_server.actions import extraction, prompting, regions
+from lsp_server.actions import extraction, prompting, regions, tasks
 from lsp_server.actions.tasks import Task
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.session import Document
@@ -95,6 +95,8 @@ async def read(
 def code_of(task: Task, words: Words) -> str:
     """The code in an answer to the task. Raises Unusable."""
     code = extraction.code_in(words.text, task.region.shown, task.region.language, is_cut_off=words.is_cut_off)
+    if task.action.head.asks:
+        code = tasks.without_marks(code)
     return prompting.restored(code, task.region.shown)
 
 

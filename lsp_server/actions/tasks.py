@@ -4,6 +4,7 @@ Owns: what a client sends (`Asked`), where an action is offered, and the `Task` 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ from prompts.library import Action
 NEAR_LINES = 12
 """Around a diagnostic that is in no function."""
 MAX_FIX_LINES = 150
+DO = re.compile(r"<do:[ \t]*(?P<what>[^<>\n]{1,500}?)[ \t]*>")
+"""An instruction that stands in the code itself, in a comment: it works in editors that cannot ask for words."""
+DO_COMMENT = re.compile(rf"[ \t]*(?:#+|//+|--|;+|%+|/\*+|<!--)?[ \t]*{DO.pattern}[ \t]*(?:\*/|-->)?")
+MAX_SAID_CHARS = 60
+"""In a menu."""
 EDITING = frozenset({"replace", "docstring", "insert_above", "new_file"})
 
 
@@ -99,7 +105,22 @@ def fits(action: Action, snapshot: Snapshot, span: Span, diagnostics: int) -> st
         first, last = (symbol.first, symbol.last) if symbol else (span.start.line, span.end.line)
         if not re.search(head.only_where, "".join(snapshot.lines[first : last + 1])):
             return None
-    return action.title(symbol.name if symbol else "")
+    title = action.title(symbol.name if symbol else "")
+    said = marked(action, snapshot.lines[span.start.line : span.end.line + 1])
+    return f"{title.removesuffix(' …')}: {said[:MAX_SAID_CHARS]}" if said else title
+
+
+def marked(action: Action, lines: Sequence[str]) -> str:
+    """The instruction that is written into the code; empty where there is none, or where the answer would not take its place."""
+    if not action.head.asks or action.head.answer == "show":
+        return ""
+    return next((mark["what"] for line in lines if (mark := DO.search(line))), "")
+
+
+def without_marks(code: str) -> str:
+    """The code without instructions that were written into it, once they are done."""
+    lines = [(line, DO_COMMENT.sub("", line)) for line in code.split("\n")]
+    return "\n".join(bare for line, bare in lines if bare.strip() or bare == line)
 
 
 def prepare(action: Action, asked: Asked, document: Document | None, shown_path: str, folders: list[str], max_document_chars: int) -> Task:
@@ -116,9 +137,13 @@ def prepare(action: Action, asked: Asked, document: Document | None, shown_path:
         raise Refusal(reason)
     if action.head.answer in EDITING and (reason := guard.refusal(asked.uri, folders, is_open=True)):
         raise Refusal(reason)
-    if action.head.asks and not asked.instruction.strip():
-        raise Refusal(f"{action.title('')}: an instruction is needed. {action.head.asks}")
     region = region_of(action, asked, snapshot)
+    if action.head.asks and not asked.instruction.strip():
+        said = marked(action, region.text.split("\n"))
+        if not said:
+            where = " Or write <do: what> into a comment of the selection." if action.head.answer != "show" else ""
+            raise Refusal(f"{action.title('')}: an instruction is needed. {action.head.asks}{where}")
+        asked = asked.model_copy(update={"instruction": said})
     if not region.text.strip():
         raise Refusal("There is no code here: select some.")
     if len(region.text) > action.head.max_code_chars:

@@ -101,9 +101,8 @@ async def test_listing_asks_no_model_and_shows_what_fits_the_place(thinking: Edi
     selected = set(await listed(thinking, types.Range(types.Position(2, 0), types.Position(3, 0)), (DIAGNOSTIC,)))
     assert selected - titles == {
         "Explain the selection", "Review the selection", "Simplify the selection", "Make the selection faster", "Explain this error",
-        "Fix this with the model",
+        "Fix this with the model", "Change the selection as I say …", "Convert the selection to another language …",
     }  # fmt: skip
-    assert "Convert the selection to another language …" not in selected
 
 
 async def test_a_client_that_can_ask_for_words_gets_the_actions_that_need_an_instruction(thinking: Editor):
@@ -111,6 +110,47 @@ async def test_a_client_that_can_ask_for_words_gets_the_actions_that_need_an_ins
     actions = await listed(thinking, types.Range(types.Position(2, 0), types.Position(3, 0)))
     command = actions["Change the selection as I say …"].command
     assert command.command == "deepseek-lsp.input" and command.arguments[1] == "What should change?"
+
+
+SELECTED = types.Range(types.Position(1, 0), types.Position(4, 0))
+
+
+@pytest.mark.parametrize("chosen", ["Use early returns", None])
+async def test_an_editor_that_cannot_ask_for_words_lets_the_user_choose_among_instructions(fixing: Editor, chosen: str | None):
+    await begin(fixing, modest())
+    questions = []
+
+    @fixing.client.feature(types.WINDOW_SHOW_MESSAGE_REQUEST)
+    def choose(params: types.ShowMessageRequestParams) -> types.MessageActionItem | None:
+        questions.append(params)
+        return types.MessageActionItem(chosen) if chosen else None
+
+    command = (await listed(fixing, SELECTED))["Change the selection as I say …"]
+    assert command.command == "deepseek-lsp.run"
+    if chosen:
+        assert (await run(fixing, command))["applied"] and len(fixing.applied) == 1
+    else:
+        with pytest.raises(JsonRpcException, match=r"an instruction is needed.*write <do: what>"):
+            await run(fixing, command)
+    (question,) = questions
+    assert "What should change?" in question.message and "Use early returns" in [choice.title for choice in question.actions]
+
+
+async def test_an_editor_without_questions_is_told_what_to_do_instead(fixing: Editor):
+    await begin(fixing, modest())
+    with pytest.raises(JsonRpcException, match=r"an instruction is needed.*write <do: what>"):
+        await run(fixing, (await listed(fixing, SELECTED))["Change the selection as I say …"])
+
+
+@pytest.mark.parametrize("client", [modest(), able(), able(input=True)], ids=["modest", "able", "our own"])
+async def test_an_instruction_in_the_selection_is_an_action_of_its_own_in_every_editor(fixing: Editor, client: types.ClientCapabilities):
+    await begin(fixing, client, SHOP.replace("        return None", "        return None  # <do: no useless return>"))
+    actions = await listed(fixing, SELECTED)
+    action = actions["Change the selection as I say: no useless return"]
+    if isinstance(action, types.Command):
+        assert (await run(fixing, action))["applied"]
+    else:
+        assert action.command is None and (await fixing.client.code_action_resolve_async(action)).edit is not None
 
 
 async def test_resolving_gives_the_smallest_edit_for_the_documents_version_with_a_label(fixing: Editor):

@@ -126,6 +126,21 @@ async def test_a_todo_is_done_and_offered_only_where_there_is_one():
     assert await after(before, "todo", "```python\ndef f(x):\n    return 2 * x\n```") == "def f(x):\n    return 2 * x\n"
 
 
+@pytest.mark.parametrize("line", ["    # <do: one line>\n", ""])
+async def test_an_instruction_in_a_comment_of_the_code_is_done_and_goes(line: str):
+    before = "def f():\n«    # <do: one line>\n    b = a\n    c = 2»\n    # <do: else>\n"
+    task, _ = task_of(before, "refactor")
+    chat, _ = prompting.prompt(task, ScriptedEngine([]), ActionSettings(), [], {})
+    assert "Change the code below: one line\n" in chat.messages[0].content
+    assert await after(before, "refactor", f"```\n{line}    b, c = a, 2\n```") == "def f():\n    b, c = a, 2\n    # <do: else>\n"
+    beside = "def f():\n    «return 1  # <do: two>»\n"
+    assert await after(beside, "refactor", "```\nreturn 2  # <do: two>\n```") == "def f():\n    return 2\n"
+    other, _ = task_of(before, "refactor", instruction="two lines")
+    assert other.asked.instruction == "two lines"
+    with pytest.raises(Refusal, match="To which language"):
+        task_of(before, "convert")
+
+
 @pytest.mark.parametrize("name", ["refactor", "optimise", "simplify"])
 async def test_a_selection_is_replaced_by_whole_lines(name: str):
     before = "a = 1\nif a:\n    b = «a\n    c» = 2\nd = 3\n"
