@@ -10,6 +10,7 @@ import pytest
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 
+from prompts import library
 from tests.editor import URI, Editor, capabilities, editor, plain
 
 SHOP = """class Shop:
@@ -196,6 +197,31 @@ async def test_a_modest_client_gets_commands_whose_edit_is_made_for_it(fixing: E
     assert {uri: list(edits) for uri, edits in edit.changes.items()} == {
         URI: [types.TextEdit(types.Range(types.Position(3, 0), types.Position(4, 0)), "")]
     }
+
+
+WHOLE = '```python\ndef add(self, item):\n    """Adds it."""\n    self.items.append(item)\n```'
+
+
+@pytest.mark.parametrize("client", [able(), modest()], ids=["able", "modest"])
+async def test_every_action_gives_an_edit_or_words_in_editors_that_can_do_much_or_little(client: types.ClientCapabilities):
+    async with editor(*scripted(WHOLE)) as running:
+        await begin(running, client, SHOP.replace("return None", "return None  # TODO"))
+
+        @running.client.feature(types.WINDOW_SHOW_MESSAGE_REQUEST)
+        def choose(params: types.ShowMessageRequestParams) -> types.MessageActionItem:
+            return types.MessageActionItem(params.actions[0].title)
+
+        actions = await listed(running, SELECTED, (DIAGNOSTIC,))
+        assert len(actions) == len(library.load()[0])
+        for title, action in actions.items():
+            if title == "Write tests for add":  # into files, below
+                continue
+            running.applied.clear()
+            if isinstance(action, types.Command) or action.command:
+                done = await run(running, action if isinstance(action, types.Command) else action.command)
+                assert bool(done["text"]) != bool(running.applied), title
+            else:
+                assert (await running.client.code_action_resolve_async(action)).edit is not None, title
 
 
 async def test_an_explanation_is_shown_as_a_document_that_only_the_user_can_read(fixing: Editor):

@@ -32,6 +32,12 @@ WHOLE = "def add(self, item):\n    self.items.append(item)"
 FENCED = f"```python\n{WHOLE}\n```"
 
 
+SELECTED = ADD.replace("|", "").replace("    def add", "«    def add").replace("return None\n", "return None»\n")
+REPLACING = {"fix": ADD, "todo": ADD, "refactor": SELECTED, "optimise": SELECTED, "simplify": SELECTED}
+"""The actions whose answer takes the place of code, each with where it is asked for."""
+
+
+@pytest.mark.parametrize("name", sorted(REPLACING))
 @pytest.mark.parametrize(
     "answer",
     [
@@ -55,10 +61,11 @@ FENCED = f"```python\n{WHOLE}\n```"
     ],
     ids=str,
 )
-async def test_an_answer_in_any_wrapping_is_the_same_change(answer: str):
-    assert await after(ADD, "fix", answer, diagnostics=("line 3: useless return",)) == FIXED
+async def test_an_answer_in_any_wrapping_is_the_same_change(name: str, answer: str):
+    assert await after(REPLACING[name], name, answer, diagnostics=("line 3: useless return",), instruction="shorter") == FIXED
 
 
+@pytest.mark.parametrize("name", sorted(REPLACING))
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -78,9 +85,30 @@ async def test_an_answer_in_any_wrapping_is_the_same_change(answer: str):
         ("```python\nimport os\n```" + "```python" * 10_000, "cut off"),
     ],
 )
-async def test_an_answer_that_is_none_changes_nothing_and_says_why(answer: str, said: str):
+async def test_an_answer_that_is_none_changes_nothing_and_says_why(name: str, answer: str, said: str):
     with pytest.raises(Unusable) as error:
-        await after(ADD, "fix", *answer.splitlines(keepends=True), diagnostics=("x",))
+        await after(REPLACING[name], name, *answer.splitlines(keepends=True), diagnostics=("x",), instruction="shorter")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("", "holds no docstring"),
+        ("I cannot help with that.", "holds no docstring"),
+        ("```python\n```", "holds no docstring"),
+        ('```python\n"""Adds all', "holds no docstring"),
+        ('"""Adds \u202eall."""', "U+202E"),
+        ("../../etc/passwd", "holds no docstring"),
+        ('<｜end▁of▁sentence｜>"""Adds."""', "holds no docstring"),
+        ("x" * 1_000_000, "holds no docstring"),
+        ('"""' + "word " * 300_000, "holds no docstring"),
+    ],
+    ids=lambda text: text[:20],
+)
+async def test_an_answer_without_a_docstring_changes_nothing_and_says_why(answer: str, said: str):
+    with pytest.raises(Unusable) as error:
+        await after(ADD, "docstring", *answer.splitlines(keepends=True))
     assert said in str(error.value)
 
 

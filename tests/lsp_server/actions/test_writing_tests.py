@@ -1,13 +1,17 @@
 """Tests for a function: what is wrong with an answer, how it joins a file that is there, and a run behind walls."""
 
+import contextlib
+import os
+import socket
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 from lsprotocol import types
 
-from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, writing_tests
-from lsp_server.errors import Refusal
+from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, walls, writing_tests
+from lsp_server.errors import Refusal, Unusable
 from lsp_server.settings import ActionSettings
 from tests.lsp_server.drawn import ACTIONS, asked_of, document_of
 from tests.scripted import AnsweringEngine
@@ -136,6 +140,42 @@ async def written(root: Path, python: str, *answers: str) -> tuple[str, tuple[st
     return code, notes, engine, begun_anew
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```python\n{GOOD}```",
+        f"Sure:\n\n```py\n{GOOD}```\nRun it with:\n```sh\nrm -rf /\n```",
+        f"```\n{GOOD}\n```<｜end▁of▁sentence｜>User: more",
+        f"~~~python\n{GOOD}~~~\n\nUser: and now?\n\nAssistant: ```python\nimport os\n```",
+        GOOD,
+    ],
+)
+async def test_tests_in_any_wrapping_are_the_same_tests(root: Path, answer: str):
+    code, notes, _, begun_anew = await written(root, "", answer)
+    assert code == GOOD.rstrip("\n") and notes == () and begun_anew == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("", "without a block of code"),
+        ("I cannot help with that.", "without a block of code"),
+        ("```python\n```", "empty block"),
+        (f"```python\n{GOOD[:-8]}", "cut off|no Python"),
+        ("```python\n" + "def test_add(): add()\n" * 100_000, "cut off"),
+        ("x" * 1_000_000, "cut off|without a block"),
+        ("../../etc/passwd", "without a block of code"),
+        (f"<｜fim▁begin｜>```python\n{GOOD}```", "without a block of code"),
+        (f"```python\n{GOOD}\u202e```", "U.202E"),
+        ("```python\nimport os\nos.system('rm -rf /')\n```", "begins with test"),
+    ],
+    ids=lambda text: text[:20],
+)
+async def test_an_answer_without_tests_twice_writes_nothing_and_says_why(root: Path, answer: str, said: str):
+    with pytest.raises(Unusable, match=said):
+        await written(root, "", answer, answer)
+
+
 async def test_tests_that_cannot_work_are_mended_once_with_the_reason_in_the_question(root: Path):
     wrong = GOOD.replace("import add", "import subtract")
     code, notes, engine, begun_anew = await written(root, "", f"```python\n{wrong}```", f"```python\n{GOOD}```")
@@ -182,6 +222,63 @@ def test_walls():
     assert not (root / "inside.txt").exists() and not outside.exists() and not (root / "tests").exists()
     failed = await writing_tests.tried(task, plan, code, sys.executable)
     assert not failed.passed and "assert 3 == 30" in failed.output
+
+
+HOSTILE = """
+import asyncio, os, resource, signal, socket
+
+def refused(what):
+    try:
+        what()
+    except (OSError, ValueError, MemoryError):
+        return True
+    return False
+
+socket.socketpair()
+asyncio.run(asyncio.sleep(0))
+checks = {{
+    "the socket of a program outside": refused(lambda: socket.socket(socket.AF_UNIX).connect({listening!r})),
+    "a port of this machine": refused(lambda: socket.create_connection(("127.0.0.1", {port}), 2)),
+    "a secret in the environment": "DEEPSEEK_ENGINE_TOKEN" not in os.environ,
+    "the server's environment": refused(lambda: open("/proc/{server}/environ").read()),
+    "the server's memory": refused(lambda: open("/proc/{server}/mem", "rb+")),
+    "the server's life": refused(lambda: os.kill({server}, signal.SIGTERM)),
+    "private folders": not any(os.listdir(folder) for folder in {private!r}),
+    "a large file": refused(lambda: open("large", "wb").write(bytes(40 << 20))) or os.path.getsize("large") <= 32 << 20,
+    "much memory": refused(lambda: bytearray(8 << 30)),
+    "its limits": refused(lambda: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))),
+    "the root of the file system": refused(lambda: open("/deepseek-lsp-was-here", "w")),
+}}
+print([what for what, held in checks.items() if not held])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_hostile_tests_reach_nothing_outside(root: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DEEPSEEK_ENGINE_TOKEN", "secret")
+    listening = str(tmp_path_factory.mktemp("s") / "s")
+    private = [str(Path.home() / name) for name in walls.PRIVATE if (Path.home() / name).is_dir()]
+    with socket.socket(socket.AF_UNIX) as local, socket.create_server(("127.0.0.1", 0)) as port:
+        local.bind(listening)
+        local.listen()
+        code = HOSTILE.format(listening=listening, port=port.getsockname()[1], server=os.getpid(), private=private)
+        run = await sandbox.run([sys.executable, "-c", code], root, {})
+    if not run.is_done:
+        pytest.skip(run.output)
+    assert run.passed and run.output.strip() == "[]", run.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_nothing_that_tests_begin_outlives_them(root: Path):
+    mark = f"outlives-{uuid.uuid4()}"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', {mark!r}]); print('begun')"
+    run = await sandbox.run([sys.executable, "-c", code], root, {})
+    if not run.is_done:
+        pytest.skip(run.output)
+    assert run.passed and run.output.strip() == "begun"
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert mark.encode() not in file.read_bytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
