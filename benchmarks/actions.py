@@ -196,7 +196,7 @@ async def warmth(engine: Engine, settings: ActionSettings, subject: Subject) -> 
 
 
 async def measure(engine: Engine, limit: int) -> dict[str, float]:
-    settings, found = ActionSettings(), defaultdict[str, list[float]](list)
+    settings, found = ActionSettings(first_words_s=3600, deadline_s=3600), defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         for subject in subjects(Path(folder), limit):
             print(f"{subject.name} …", file=sys.stderr)
