@@ -39,7 +39,7 @@ def titles(running: Editor) -> list[str]:
 
 async def test_the_second_is_loaded_when_first_asked_said_in_the_status_and_let_go_when_idle(second: Path):
     async with editor(*COMMAND) as running:
-        await begun(running, second, chat_idle_s=1)
+        await begun(running, second, chat_idle_s=4)
         status = await running.status()
         assert status["chat"]["state"] == "waiting" and status["chat"]["model"] is None and status["model"]["checkpoint"] != str(second)
         assert await notes(running) == []

@@ -165,7 +165,7 @@ async def played(operations: list[tuple]) -> None:
     async def collect(*, all_of_them: bool) -> None:
         running = [task for _, task in asked if not task.done()]
         if running:
-            await asyncio.wait(running, timeout=5 if all_of_them else 0.002)
+            await asyncio.wait(running, timeout=60 if all_of_them else 0.002)
         for name, task in list(asked):
             if task.done():
                 asked.remove((name, task))
