@@ -45,6 +45,8 @@ def missing(old: Node, new: Node, language: str) -> list[str]:
     there = {key for node in old.children for key, _ in imported(node, language)}
     found = []
     for node in new.children:
+        if node.kind == "future_import_statement":  # its place is before all others, or nowhere
+            continue
         wanted = list(imported(node, language))
         lacking = [statement for key, statement in wanted if key not in there]
         found += [node.text.strip()] if len(lacking) == len(wanted) and wanted and language != "go" else lacking
@@ -61,7 +63,7 @@ def imported(node: Node, language: str) -> Iterator[tuple[str, str]]:
         return
     elif language == "python":
         module = node.part("module_name")
-        opening = "from __future__ " if node.kind.startswith("future") else f"from {module.text} " if module else ""
+        opening = f"from {module.text} " if module else ""
         names = [child.text for child in node.children if child.role == "name"] or ["*"]
         yield from ((f"{opening}import {name}",) * 2 for name in names)
     elif language == "go":

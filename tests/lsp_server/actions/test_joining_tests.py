@@ -188,7 +188,12 @@ RUST_AFTER = (
     ("language", "before", "code", "after"),
     [
         ("python", PYTHON, NEW_PYTHON, PYTHON_AFTER),
-        ("python", UNITTEST, "from shop import add\n\ndef test_add():\n    assert add(1, 2) == 3\n", UNITTEST_AFTER),
+        (
+            "python",
+            UNITTEST,
+            "from __future__ import annotations\nfrom shop import add\n\ndef test_add():\n    assert add(1, 2) == 3\n",
+            UNITTEST_AFTER,
+        ),
         ("java", JAVA, NEW_JAVA, JAVA_AFTER),
         ("java", JAVA, "@Test\nvoid none() {}\n", JAVA.removesuffix("}\n") + "\n    @Test\n    void none() {}\n}\n"),
         ("java", "class ATest {\n}\n", "@Test\nvoid none() {}\n", "class ATest {\n    @Test\n    void none() {}\n}\n"),
