@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lsprotocol import types
 
-from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, walls, writing_tests
+from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, writing_tests
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.settings import ActionSettings
 from tests.lsp_server.drawn import ACTIONS, asked_of, document_of
@@ -255,6 +255,8 @@ print([what for what, held in checks.items() if not held])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 async def test_hostile_tests_reach_nothing_outside(root: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
+    from lsp_server.actions import walls  # Linux's only
+
     monkeypatch.setenv("DEEPSEEK_ENGINE_TOKEN", "secret")
     listening = str(tmp_path_factory.mktemp("s") / "s")
     private = [str(Path.home() / name) for name in walls.PRIVATE if (Path.home() / name).is_dir()]
