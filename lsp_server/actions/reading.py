@@ -62,7 +62,8 @@ async def answer(
     if is_stale(document, version):
         raise Stale("The document changed while the model answered, so nothing is changed. Ask again.")
     if not text and not is_whole:
-        raise Unusable(f"No word came within actions.first_words_s = {settings.first_words_s:g} s: a smaller model is faster.")
+        name = "first_words_s" if settings.first_words_s <= settings.deadline_s else "deadline_s"
+        raise Unusable(f"No word came within actions.{name} = {getattr(settings, name):g} s: a smaller model is faster.")
     cut_off = not is_whole or (cost is not None and cost.finish is not Finish.END and cost.finish is not Finish.STOP)
     return Words(text=text, is_cut_off=cut_off, cost=cost)
 

@@ -112,6 +112,15 @@ async def test_an_answer_without_a_docstring_changes_nothing_and_says_why(answer
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "other"), [("first_words_s", "deadline_s"), ("deadline_s", "first_words_s")])
+async def test_a_model_that_says_nothing_is_given_up_by_the_setting_that_says_so(name: str, other: str):
+    task, document = task_of(ADD, "fix", diagnostics=("x",))
+    engine, limits = ScriptedEngine([None]), ActionSettings(**{name: 0.05, other: 30})
+    chat, _ = prompting.prompt(task, engine, limits, [], {})
+    with pytest.raises(Unusable, match=rf"actions\.{name} = 0\.05 s"):
+        await reading.answer(engine, chat, 99, limits, reading.unheard, document)
+
+
 async def test_only_lines_that_differ_are_touched():
     task, _ = task_of(ADD, "fix", diagnostics=("x",))
     (change,) = regions.replaced(task.region, WHOLE)
