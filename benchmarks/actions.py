@@ -23,8 +23,8 @@ from pathlib import Path
 from lsprotocol import types
 
 from benchmarks.report import Goal, report
-from lsp_server.actions import act, regions, writing_tests
-from lsp_server.actions.act import Asked, Place, Span, Task
+from lsp_server.actions import prompting, reading, regions, tasks, writing_tests
+from lsp_server.actions.tasks import Asked, Place, Span, Task
 from lsp_server.errors import Refusal
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import ActionSettings
@@ -95,7 +95,7 @@ def task_of(subject: Subject, action: str) -> Task:
         diagnostics=("a reader found this hard to understand",),
         instruction="simplify",
     )
-    return act.prepare(ACTIONS[action], asked, document, subject.file.name, [subject.root.as_uri()], 2_000_000)
+    return tasks.prepare(ACTIONS[action], asked, document, subject.file.name, [subject.root.as_uri()], 2_000_000)
 
 
 def function(text: str, name: str) -> ast.FunctionDef:
@@ -109,9 +109,9 @@ async def edited(engine: Engine, settings: ActionSettings, subject: Subject, act
     """The file behind an action; None where its answer was refused."""
     try:
         task = task_of(subject, action)
-        chat, _ = act.prompt(task, engine, settings, [], {})
-        words = await act.answer(engine, chat, task.action.head.max_new_tokens, settings, act.unheard, None)
-        return regions.applied(task.region.lines, act.changes(task, words))
+        chat, _ = prompting.prompt(task, engine, settings, [], {})
+        words = await reading.answer(engine, chat, task.action.head.max_new_tokens, settings, reading.unheard, None)
+        return regions.applied(task.region.lines, reading.changes(task, words))
     except Refusal:
         return None
 
@@ -157,7 +157,7 @@ async def tested(engine: Engine, settings: ActionSettings, subject: Subject) -> 
     """What generated tests are worth: 1 or 0 for written and passing, and the share of mutants they notice."""
     task = task_of(subject, "tests")
     plan = writing_tests.plan(task, [subject.root.as_uri()])
-    watched = writing_tests.Watched(heard=act.unheard, start_over=act.unheard)
+    watched = writing_tests.Watched(heard=reading.unheard, start_over=reading.unheard)
     try:
         code, _ = await writing_tests.write(engine, task, plan, settings, "", watched)
     except Refusal:
@@ -186,17 +186,17 @@ async def warmth(engine: Engine, settings: ActionSettings, subject: Subject) -> 
         span = Span(start=Place(line=line, character=0), end=Place(line=line + 3, character=0))
         document = Document(types.TextDocumentItem(subject.file.as_uri(), "python", 0, subject.text), Encoding.Utf32)
         asked = Asked(action="explain", uri=subject.file.as_uri(), range=span)
-        task = act.prepare(
+        task = tasks.prepare(
             ACTIONS["explain"], asked, document, f"{subject.root.name}/{subject.file.name}", [subject.root.as_uri()], 2_000_000
         )
-        chat, _ = act.prompt(task, engine, short, [], {})
-        words = await act.answer(engine, chat, 16, short, act.unheard, None)
+        chat, _ = prompting.prompt(task, engine, short, [], {})
+        words = await reading.answer(engine, chat, 16, short, reading.unheard, None)
         times.append(words.cost.first_token_s if words.cost else 0.0)
     return {"cold_first_token_s": times[0], "warm_first_token_s": times[1]} if all(times) else {}
 
 
 async def measure(engine: Engine, limit: int) -> dict[str, float]:
-    settings, found = ActionSettings(), defaultdict[str, list[float]](list)
+    settings, found = ActionSettings(first_words_s=3600, deadline_s=3600), defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         for subject in subjects(Path(folder), limit):
             print(f"{subject.name} …", file=sys.stderr)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from lsprotocol import types
 
-from lsp_server.actions import act, workspace_edit, writing_tests
-from lsp_server.actions.act import Asked, Span, Task
+from lsp_server.actions import joining_tests, prompting, reading, tasks, workspace_edit, writing_tests
 from lsp_server.actions.explained import Explanation
 from lsp_server.actions.guard import path_of
-from lsp_server.actions.writing_tests import Plan, Watched
+from lsp_server.actions.suites import Plan
+from lsp_server.actions.tasks import Asked, Span, Task
+from lsp_server.actions.writing_tests import Watched
 from lsp_server.activity import Activity
 from lsp_server.connection import Connection, LastAction
 from lsp_server.errors import Refusal, Stale
@@ -42,22 +43,42 @@ def find(server: Connection, name: str) -> Action:
     return action
 
 
+def has_second(server: Connection) -> bool:
+    """Whether the user names another checkpoint for actions and chat."""
+    return server.settings.chat_model not in ("", server.settings.model)
+
+
 @contextlib.asynccontextmanager
-async def engine_for(server: Connection) -> AsyncIterator[Engine]:
-    """The engine for actions and chat: the second one where the user names a checkpoint for it. Raises Refusal."""
+async def engine_for(server: Connection) -> AsyncIterator[tuple[Engine, tuple[str, ...]]]:
+    """The engine for actions and chat, and notes about it: the second one where there is to be one, and the first where that cannot be
+    loaded. Raises Refusal."""
     if not server.settings.actions.enabled:
         raise Refusal("Actions are switched off: actions.enabled is false.")
-    if server.settings.chat_model in ("", server.settings.model):
-        yield first_engine(server)
-        return
-    second = server.second
-    if second.host.engine is not None:
-        async with second.engine(server.settings, lambda what, share: None) as engine:
-            yield engine
-        return
-    loading = Activity(server, f"Loading {server.settings.chat_model}", "load", "")
     async with contextlib.AsyncExitStack() as stack:
-        yield await loading.run(lambda: stack.enter_async_context(second.engine(server.settings, loading.inform)))
+        engine = await second_engine(server, stack) if has_second(server) else None
+        if engine is not None:
+            yield engine, ()
+        elif has_second(server):
+            first = first_engine(server)
+            yield first, (f"{server.settings.model} answers, since chat_model cannot be loaded. {server.second.host.message}",)
+        else:
+            yield first_engine(server), ()
+
+
+async def second_engine(server: Connection, stack: contextlib.AsyncExitStack) -> Engine | None:
+    """The second engine, held until `stack` ends, loaded with progress where it is not; None when that fails."""
+    second, settings = server.second, server.settings
+    if second.host.engine is not None:
+        return await stack.enter_async_context(second.engine(settings, lambda what, share: None))
+    if second.has_failed(settings):
+        return None
+    loading = Activity(server, f"Loading {settings.chat_model}", "load", "")
+    try:
+        return await loading.run(lambda: stack.enter_async_context(second.engine(settings, loading.inform)))
+    except Refusal:
+        if second.has_failed(settings):
+            return None
+        raise
 
 
 def first_engine(server: Connection) -> Engine:
@@ -81,11 +102,12 @@ async def perform(server: Connection, asked: Asked) -> Done:
     try:
         document = server.session.find(asked.uri)
         limit = server.settings.inline.max_document_chars
-        task = act.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
+        task = tasks.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
         server.stop_ahead()
-        async with engine_for(server) as engine:
+        async with engine_for(server) as (engine, notes):
             activity = Activity(server, task.title, action.name, asked.uri)
             found = await activity.run(lambda: done(server, engine, task, activity))
+            found = replace(found, notes=(*notes, *found.notes))
     except Refusal as refusal:
         server.last_action = LastAction(title=action.title(""), reason=str(refusal))
         raise
@@ -97,16 +119,16 @@ async def done(server: Connection, engine: Engine, task: Task, activity: Activit
     head, settings = task.action.head, server.settings.actions
     if head.answer == "new_file":
         return await tests_written(server, engine, task, activity)
-    chat, context = act.prompt(task, engine, settings, [], {})
+    chat, context = prompting.prompt(task, engine, settings, [], {})
     document = server.session.find(task.asked.uri)
     bound = None if head.answer == "show" else document
-    words = await act.answer(engine, chat, head.max_new_tokens, settings, activity.heard, bound)
-    notes = act.notes_of(engine, words, context.dropped)
+    words = await reading.answer(engine, chat, head.max_new_tokens, settings, activity.heard, bound)
+    notes = reading.notes_of(engine, words, context.dropped)
     if head.answer == "show":
-        text, region = act.shown(task, words), task.region
+        text, region = reading.shown(task, words), task.region
         server.explained.keep(Explanation(task.asked.uri, region.lines[region.first : region.last + 1], text))
         return Done(title=task.title, words=text, notes=notes, cost=words.cost)
-    changes = await asyncio.to_thread(act.changes, task, words)  # a long file takes long to parse
+    changes = await asyncio.to_thread(reading.changes, task, words)  # a long file takes long to parse
     if document is None or server.session.find(task.asked.uri) is not document or document.version != task.snapshot.version:
         raise Stale("The document changed or was closed while the model answered, so nothing is changed. Ask again.")
     edits = workspace_edit.text_edits(task.snapshot, changes)
@@ -123,7 +145,7 @@ async def tests_written(server: Connection, engine: Engine, task: Task, activity
         plan = replace(plan, existing=target.text)
     watched = Watched(heard=activity.heard, start_over=activity.start_over)
     code, notes = await writing_tests.write(engine, task, plan, settings, server.settings.tests_python, watched)
-    edit = tests_edit(server, task, plan, target, code)
+    edit = await tests_edit(server, task, plan, target, code)
     return Done(title=task.title, edit=edit, notes=notes)
 
 
@@ -131,20 +153,19 @@ def is_file(document: Document, plan: Plan) -> bool:
     return path_of(document.uri) == plan.suite.file
 
 
-def tests_edit(server: Connection, task: Task, plan: Plan, target: Document | None, code: str) -> types.WorkspaceEdit:
+async def tests_edit(server: Connection, task: Task, plan: Plan, target: Document | None, code: str) -> types.WorkspaceEdit:
     """A new file, or an addition to the one that is there, open or not. Raises Refusal when it changed meanwhile."""
     uri = target.uri if target else plan.suite.file.as_uri()
     if target is None and not plan.existing:
         if plan.suite.file.exists():
             raise Stale(f"{plan.suite.file.name} appeared while the model answered, so nothing is written. Ask again.")
         return workspace_edit.new_file(server.client_capabilities, uri, code.rstrip("\n") + "\n", task.title)
-    if target is not None and target.text != plan.existing:
-        raise Stale(f"{plan.suite.file.name} changed while the model answered, so nothing is added. Ask again.")
     item = types.TextDocumentItem(uri, task.snapshot.language, 0, plan.existing)
-    document = target or Document(item, server.session.encoding)
-    snapshot = document.snapshot(types.Position(0, 0))
+    snapshot = (target or Document(item, server.session.encoding)).snapshot(types.Position(0, 0))
     if target is None:
         snapshot = replace(snapshot, version=None)
-    added = writing_tests.addition(plan, task.snapshot.language, code)
-    edits = workspace_edit.text_edits(snapshot, writing_tests.changes(snapshot.lines, snapshot.newline, added))
+    changes = await asyncio.to_thread(joining_tests.changes, snapshot.lines, snapshot.newline, task.snapshot.language, code)
+    if target is not None and target.text != plan.existing:
+        raise Stale(f"{plan.suite.file.name} changed while the model answered, so nothing is added. Ask again.")
+    edits = workspace_edit.text_edits(snapshot, changes)
     return workspace_edit.edit_of(server.client_capabilities, snapshot, edits, task.title, confirm=True)

@@ -8,6 +8,7 @@ import asyncio
 import importlib
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def latents_folder() -> Path:
     return platformdirs.user_cache_path("deepseek-lsp", appauthor=False) / "latents"
 
 
+def closed(loading: "Future[Engine]") -> None:
+    """Closes an engine that nobody waits for any more."""
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().close()
+
+
 @dataclass
 class Host:
     """Holds the engine once there is one. Used on the event loop."""
@@ -81,7 +88,7 @@ class Host:
     message: str = "Loading starts when the editor says that it is initialized."
 
     async def start(self, settings: Settings, report: Progress) -> None:
-        """Loads the model; `report` is called on the event loop."""
+        """Loads the model; `report` is called on the event loop. Cancelled, it leaves no engine behind, whenever the loading ends."""
         loop = asyncio.get_running_loop()
         self.state, self.message = "loading", f"{goal(settings)}."
 
@@ -92,8 +99,15 @@ class Host:
         def progress(what: str, share: float) -> None:
             loop.call_soon_threadsafe(heard, what, share)
 
+        thread = ThreadPoolExecutor(1, "load")
+        loading = thread.submit(self.load, settings, progress)
+        thread.shutdown(wait=False)
         try:
-            self.engine = await asyncio.to_thread(self.load, settings, progress)
+            self.engine = await asyncio.wrap_future(loading)
+        except asyncio.CancelledError:
+            loading.add_done_callback(closed)
+            self.state, self.message = "waiting", f"{goal(settings)} was stopped."
+            raise
         except EngineError as error:
             self.state, self.message = "failed", str(error)
         except Exception as error:

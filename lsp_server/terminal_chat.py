@@ -8,10 +8,10 @@ import contextlib
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import platformdirs
 from lsprotocol import types
@@ -21,11 +21,12 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-from lsp_server.actions import act, guard, references, regions, writing_tests
-from lsp_server.actions.act import Asked, Heard, Place, Span, Task
+from lsp_server.actions import guard, joining_tests, prompting, reading, references, regions, tasks, writing_tests
 from lsp_server.actions.conversations import Conversations
 from lsp_server.actions.extraction import cleaned
 from lsp_server.actions.references import Reference
+from lsp_server.actions.tasks import Asked, Place, Span, Task
+from lsp_server.actions.writing_tests import Watched
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.host import Host
 from lsp_server.session import Document, Encoding, Session, split_lines
@@ -34,6 +35,7 @@ from model_host.generation import Engine
 from prompts.library import Action
 
 HISTORY_LINES = 1000
+Result = TypeVar("Result")
 HELP = """Ask anything, or:
 
 /file PATH or PATH:FROM-TO    what the next questions are about (lines counted from 1)
@@ -97,13 +99,15 @@ class TerminalChat:
             for order, reference in enumerate(self._pending)
         ]
         question = self._conversations.ask(self.engine, settings, self._id, text, parts)
-        words = await self._watched(lambda heard: act.answer(self.engine, question.chat, settings.max_new_tokens, settings, heard, None))
+        words = await self._watched(
+            lambda watched: reading.answer(self.engine, question.chat, settings.max_new_tokens, settings, watched.heard, None)
+        )
         answer = cleaned(words.text, question.words).strip()
         if not answer:
             raise Unusable("The model gave no answer. Ask again, in other words.")
         self._conversations.answered(question, answer)
         self._id, self._pending = question.conversation, []
-        self._note(act.notes_of(self.engine, words, question.dropped))
+        self._note(reading.notes_of(self.engine, words, question.dropped))
 
     async def _act(self, name: str, instruction: str) -> None:
         """An action at the last file referred to."""
@@ -117,42 +121,33 @@ class TerminalChat:
         reported = (instruction,) if instruction and action.head.applies_to == "diagnostic" else ()
         asked = Asked(action=name, uri=document.uri, range=self._current.range or whole, diagnostics=reported, instruction=instruction)
         limit = self.settings.inline.max_document_chars
-        task = act.prepare(action, asked, document, self._shown(document.uri), [self.folder.as_uri()], limit)
+        task = tasks.prepare(action, asked, document, self._shown(document.uri), [self.folder.as_uri()], limit)
         if action.head.answer == "new_file":
             await self._tests(task)
             return
-        chat, context = act.prompt(task, self.engine, self.settings.actions, [], {})
+        chat, context = prompting.prompt(task, self.engine, self.settings.actions, [], {})
         most = action.head.max_new_tokens
-        words = await self._watched(lambda heard: act.answer(self.engine, chat, most, self.settings.actions, heard, None))
-        self._note(act.notes_of(self.engine, words, context.dropped))
+        words = await self._watched(lambda watched: reading.answer(self.engine, chat, most, self.settings.actions, watched.heard, None))
+        self._note(reading.notes_of(self.engine, words, context.dropped))
         if action.head.answer == "show":
-            act.shown(task, words)
+            reading.shown(task, words)
         else:
-            self._offer(document.uri, document.text, regions.applied(task.region.lines, act.changes(task, words)))
+            self._offer(document.uri, document.text, regions.applied(task.region.lines, reading.changes(task, words)))
 
     async def _tests(self, task: Task) -> None:
         plan = writing_tests.plan(task, [self.folder.as_uri()])
-
-        async def start_over(why: str) -> None:
-            self.console.print(Text(f"Once more: {why}", style="yellow"))
-
-        async def written(heard: Heard) -> tuple[str, tuple[str, ...]]:
-            watched = writing_tests.Watched(heard=heard, start_over=start_over)
-            python = self.settings.tests_python
-            return await writing_tests.write(self.engine, task, plan, self.settings.actions, python, watched)
-
-        code, notes = await self._watched(written)
+        settings, python = self.settings.actions, self.settings.tests_python
+        code, notes = await self._watched(lambda watched: writing_tests.write(self.engine, task, plan, settings, python, watched))
         self._note(notes)
         new = code.rstrip("\n") + "\n"
         if plan.existing:
             lines = tuple(split_lines(plan.existing))
-            added = writing_tests.addition(plan, task.snapshot.language, code)
             newline = Document(types.TextDocumentItem("", "", 0, plan.existing), Encoding.Utf32).snapshot(types.Position(0, 0)).newline
-            new = regions.applied(lines, writing_tests.changes(lines, newline, added))
+            new = regions.applied(lines, joining_tests.changes(lines, newline, task.snapshot.language, code))
         self._offer(plan.suite.file.as_uri(), plan.existing, new)
 
-    async def _watched(self, work: Callable[[Heard], Any]) -> Any:
-        """Does `work` while its words are shown as they come."""
+    async def _watched(self, work: Callable[[Watched], Awaitable[Result]]) -> Result:
+        """Does `work` while its words are shown as they come; another attempt takes the place of the one before."""
         text = ""
         with Live(console=self.console, refresh_per_second=8, vertical_overflow="visible", transient=False) as live:
 
@@ -161,7 +156,13 @@ class TerminalChat:
                 text += piece
                 live.update(Markdown(text))
 
-            result = await work(heard)
+            async def start_over(why: str) -> None:
+                nonlocal text
+                text = ""
+                live.update(Markdown(text), refresh=True)
+                self.console.print(Text(f"Once more: {why}", style="yellow"))
+
+            result = await work(Watched(heard=heard, start_over=start_over))
         if not self.console.is_terminal:
             self.console.print()  # a file gets the text at once, without the line's end
         return result

@@ -16,7 +16,7 @@ import llguidance
 import torch
 from torch import Tensor
 
-from model_host.catalogue import without_conversation, without_infilling
+from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
@@ -84,7 +84,7 @@ def load_engine(
         weight_bytes=model.weight_bytes,
         context_tokens=model.config.max_position_embeddings,
         without_fim=None if tokenizer.has_fim else without_infilling(folder),
-        without_chat=None if tokenizer.has_chat else without_conversation(folder),
+        without_chat=tokenizer.without_chat,
         load_s=time.monotonic() - started,
         cache_bytes=runner.cache_bytes,
         cache_tokens=runner.pages * PAGE_TOKENS,

@@ -9,19 +9,21 @@ import codecs
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
-from model_host import catalogue
+from model_host import catalogue, templates
 from model_host.catalogue import Infilling
 from model_host.errors import CheckpointError
 from model_host.generation import Chat, Fim, Message
 from model_host.stops import StopStrings
 
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
+CONTROL = re.compile(r"<[｜|][^<>]+[｜|]>")
+"""Tokens that are no text: what begins, ends and parts prompts, whether a tokenizer calls them special or not."""
 ROUND_TRIP = "def f(a,  b):\n\tif a:\n        return 'é 你 🙂'  # 12\r\n\n"
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -57,13 +59,21 @@ class Tokenizer:
         except Exception as error:  # the parser of tokenizer.json raises plain Exception
             raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download the checkpoint again.") from error
         self._backend = self._reader.backend_tokenizer
-        self._special = {token.content: id for id, token in self._reader.added_tokens_decoder.items() if token.special}
+        self._special = {
+            token.content: id
+            for id, token in self._reader.added_tokens_decoder.items()
+            if token.special or CONTROL.fullmatch(token.content)
+        }
+        # the family's own files call most of them plain, and plain ones would be found in a user's text
+        self._backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in self._special])
         self.bos_id = self._required(self._reader.bos_token, "beginning-of-sentence")
         self.eos_id = self._required(self._reader.eos_token, "end-of-sentence")
         self._fim = [self._single_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END)]
         self._folder, self._known = folder, catalogue.recognised(folder)
         self._ids_of_line = lru_cache(LINES)(lambda line: tuple(self.encode(line)))
         self._check_round_trip(folder)
+        self.without_chat = templates.problem(self._reader, folder)
+        """Why the checkpoint does not converse, a sentence for the user; None when it does."""
         self._lines_are_apart = self.encode(ROUND_TRIP * 2) == [id for line in LINE.findall(ROUND_TRIP * 2) for id in self.encode(line)]
 
     def _required(self, token: str | None, role: str) -> int:
@@ -91,11 +101,6 @@ class Tokenizer:
         """Whether the checkpoint can fill in the middle: the three tokens are there, each a single id, and it is not known to be
         one that was never trained with them."""
         return None not in self._fim and (self._known is None or self._known.infilling is not Infilling.UNTRAINED)
-
-    @property
-    def has_chat(self) -> bool:
-        """Whether the checkpoint converses: it has a chat template, and is not known to be one that was never trained with it."""
-        return bool(self._reader.chat_template) and (self._known is None or self._known.chat is not False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added, and none is made of the text."""
@@ -141,7 +146,7 @@ class Tokenizer:
         return middle[:start], middle[start:].encode()
 
     def encode_chat(self, prompt: Chat) -> Encoded:
-        """The checkpoint's chat template around the messages, open for the assistant's answer.
+        """The checkpoint's chat template around the messages, open for the assistant's answer. Raises CheckpointError.
 
         Special tokens stand only where the template put them: one that a message spells out is cut in two before encoding.
         """
@@ -150,15 +155,14 @@ class Tokenizer:
             return Encoded(ids=(self.bos_id, *self.encode("".join(texts))))
         cut = next(mark for n in itertools.count() if not any((mark := f"\ue000{n}\ue001") in text for text in texts))
         messages = [self._defused(message, cut) for message in prompt.messages]
-        rendered = self._reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tuple(id for part in str(rendered).split(cut) for id in self._with_special(part))
+        ids = tuple(id for part in templates.rendered(self._reader, messages).split(cut) for id in self._with_special(part))
         return Encoded(ids=ids if ids[:1] == (self.bos_id,) else (self.bos_id, *ids))
 
-    def _defused(self, message: Message, cut: str) -> dict[str, str]:
+    def _defused(self, message: Message, cut: str) -> Message:
         content = message.content
         for special in self._special:
             content = content.replace(special, special[:1] + cut + special[1:])
-        return {"role": message.role, "content": content}
+        return replace(message, content=content)
 
     def is_special(self, id: int) -> bool:
         return id in self._special_ids

@@ -50,6 +50,9 @@ class Head(BaseModel):
     languages: tuple[str, ...] = Field(default=(), description="LSP language ids it is for; empty: any.")
     only_where: Annotated[str, AfterValidator(compiled)] = Field(default="", description="A regular expression the code must hold.")
     asks: str = Field(default="", max_length=200, description="What to ask the user for; the answer is $instruction.")
+    offers: tuple[Annotated[str, Field(min_length=1, max_length=60)], ...] = Field(
+        default=(), max_length=8, description="Instructions to choose from, in editors that cannot ask for words."
+    )
     confirm: bool = Field(default=False, description="Show the change and ask before it is made, where the editor can.")
 
 
@@ -103,6 +106,8 @@ def wrong_words(action: Action) -> str | None:
             return f'${variable} has a value only where {field} = "{value}".'
     if bool(action.head.asks) != ("instruction" in used):
         return "asks and $instruction go together: one of them is missing."
+    if action.head.offers and not action.head.asks:
+        return "offers are answers to asks, which is missing."
     if "code" not in used:
         return "the prompt never says $code, so the model would see nothing of the user's."
     if action.head.applies_to == "diagnostic" and "diagnostics" not in used:

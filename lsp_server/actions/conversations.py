@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_server.actions import act, surroundings
+from lsp_server.actions import prompting, surroundings
 from lsp_server.actions.surroundings import Part
 from lsp_server.errors import Refusal
 from lsp_server.settings import ActionSettings
@@ -40,15 +40,15 @@ class Conversations:
         then references from the last to the first. Raises Refusal when not even `text` fits."""
         if id is not None and id not in self._turns:
             raise Refusal("This conversation is no longer known here: begin a new one.")
-        room = act.room_for(engine, settings, settings.max_new_tokens) - surroundings.about_tokens(text)
+        room = prompting.room_for(engine, settings, settings.max_new_tokens) - surroundings.about_tokens(text)
         if room < 0:
             raise Refusal("That is more text than the model has room for: send less.")
         found = surroundings.fitted(references, room)
-        words = act.unforged(found.words + text)
+        words = prompting.unforged(found.words + text)
         room -= surroundings.about_tokens(found.words)
         kept, dropped = recent(self._turns.get(id or "", ()), room)
         notes = (*found.dropped, f"the {dropped} oldest turns of the conversation") if dropped else found.dropped
-        chat = act.conversation(engine, (*kept, Message(role="user", content=words)), "show")
+        chat = prompting.conversation(engine, (*kept, Message(role="user", content=words)), "show")
         return Question(conversation=id or str(uuid.uuid4()), words=words, chat=chat, dropped=notes)
 
     def answered(self, question: Question, answer: str) -> None:

@@ -3,19 +3,17 @@
 Owns: what counts as the answer's code, and when there is none. Pure functions of text; every refusal is an `Unusable` with a sentence.
 """
 
-import ast
 import itertools
 import re
-import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lsp_server.actions import syntax
 from lsp_server.errors import Unusable
 
 OPENING = re.compile(r"[ \t]*(?P<marks>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^`\n]*$")
 SPECIAL = re.compile(r"<[｜|][^｜|<>\n]{1,40}[｜|]>")
-FORGED = re.compile(r"\n\n(User|Assistant):")
+FORGED = re.compile(r"(?:\r?\n){2}(User|Assistant):")
 UNSEEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 """Control characters, and those that make text read otherwise than it runs (CVE-2021-42574)."""
 TAGS = {
@@ -73,20 +71,6 @@ def blocks(answer: str) -> list[Block]:
     return found
 
 
-def tree(code: str) -> ast.Module | None:
-    """Python code, indented or not, as its syntax tree; None when it is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the user's own code, and nobody's business here
-        try:
-            return ast.parse(textwrap.dedent(code))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
-
-
-def parses(code: str) -> bool:
-    return tree(code) is not None
-
-
 def is_looping(text: str) -> bool:
     """Whether the answer has come to say the same over and over: few words many times, or some lines."""
     for period in range(1, MAX_PERIOD + 1):
@@ -137,7 +121,7 @@ def new_code(answer: str, language: str, *, is_cut_off: bool = False) -> str:
         return in_fences(found, "def x" if language == "python" else "", language, is_cut_off=is_cut_off)
     if is_cut_off:
         raise Unusable("The model's answer was cut off, or went in circles, so it is not used. Ask again, or select less code.")
-    if language == "python" and DEFINES.search(text) and parses(text):
+    if language == "python" and DEFINES.search(text) and syntax.parses("python", text):
         return text.strip("\n")
     raise Unusable("The model answered without a block of code, so nothing is changed. Ask again.")
 
@@ -148,9 +132,11 @@ def in_fences(found: list[Block], original: str, language: str, *, is_cut_off: b
     if is_cut_off and not fitting[0].is_closed:
         raise Unusable("The model's answer was cut off, or went in circles, so it is not used. Ask again, or select less code.")
     candidates = list(itertools.islice((text for block in fitting for text in block.texts()), MOST_CANDIDATES))
-    if language == "python":
-        defines = bool(DEFINES.search(original))
-        candidates = [text for text in candidates if parses(text) and (not defines or DEFINES.search(text))] or candidates
+    if language == "python" and DEFINES.search(original):
+        candidates = [text for text in candidates if DEFINES.search(text)] or candidates
+    if len(candidates) > 1 and syntax.is_known(language):
+        faults = syntax.faults(language, candidates)
+        candidates = [text for text, fault in zip(candidates, faults, strict=True) if fault is None] or candidates
     code = candidates[0].strip("\n")
     if not code.strip():
         raise Unusable("The model answered with an empty block of code, so nothing is changed. Ask again.")
@@ -160,13 +146,14 @@ def in_fences(found: list[Block], original: str, language: str, *, is_cut_off: b
 def within_prose(text: str, original: str, language: str) -> str:
     """The code of an answer without fences: without the paragraphs of prose before and behind it; empty when nothing is left."""
     spans = [found.span() for found in PARAGRAPH.finditer(text)]
-    must_parse = language == "python" and parses(original)
-    for start, end in ((start, end) for start, _ in spans[:MOST_PROSE] for _, end in reversed(spans[-MOST_PROSE:])):
-        code = text[start:end]
-        looks_like_code = parses(code) if must_parse else CODE_MARKS.search(code.split("\n", 1)[0])
-        if looks_like_code and resembles(code, original):
-            return code
-    return ""
+    parts = [text[start:end] for start, _ in spans[:MOST_PROSE] for _, end in reversed(spans[-MOST_PROSE:])]
+    if language != "python":  # in other languages words may parse
+        parts = [part for part in parts if CODE_MARKS.search(part.split("\n", 1)[0])]
+    parts = [part for part in parts if resembles(part, original)]
+    if parts and syntax.is_known(language):
+        before, *faults = syntax.faults(language, [original, *parts])
+        parts = [part for part, fault in zip(parts, faults, strict=True) if fault is None or before is not None]
+    return parts[0] if parts else ""
 
 
 def resembles(code: str, original: str) -> bool:

@@ -11,8 +11,9 @@ from lsprotocol import types
 from pydantic import BaseModel, ConfigDict, Field
 
 from lsp_server import context, filters
-from lsp_server.actions import act, extraction
-from lsp_server.actions.act import Heard, Span
+from lsp_server.actions import extraction, reading
+from lsp_server.actions.reading import Heard
+from lsp_server.actions.tasks import Span
 from lsp_server.anchors import Anchors
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.session import Document, Snapshot, split_lines, units
@@ -116,7 +117,7 @@ async def words(engine: Engine, here: Snapshot, instruction: str, shown_path: st
     request = Request(prompt=prompt, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling, priority=Priority.CHAT)
     try:
         async with engine.submit(request) as generation:
-            text, _ = await act.read(generation, MAX_NEW_TOKENS * act.CHARS_PER_NEW_TOKEN, settings.actions, heard, lambda: False)
+            text, _ = await reading.read(generation, MAX_NEW_TOKENS * reading.CHARS_PER_NEW_TOKEN, settings.actions, heard, lambda: False)
     except EngineError as error:
         raise Refusal(str(error)) from error
     if extraction.is_looping(text):

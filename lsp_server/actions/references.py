@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from lsp_server import context
 from lsp_server.actions import guard
-from lsp_server.actions.act import Span
 from lsp_server.actions.extraction import fence_language
 from lsp_server.actions.surroundings import Part
+from lsp_server.actions.tasks import Span
 from lsp_server.anchors import with_newlines
 from lsp_server.errors import Refusal
 from lsp_server.languages import language_of

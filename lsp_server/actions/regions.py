@@ -1,6 +1,6 @@
 """Lines of a document that an action is about, how the model is shown them, and how its answer takes their place.
 
-Owns: indentation, the check that what parsed still parses, the smallest set of changed lines, and where a docstring goes. Pure functions of
+Owns: indentation, the check that what parsed still does, the smallest set of changed lines, and where a docstring goes. Pure functions of
 text: a change is lines of the document and what replaces them. Knows nothing of LSP.
 """
 
@@ -13,9 +13,10 @@ import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_server.actions import extraction
+from lsp_server.actions import extraction, syntax
 from lsp_server.actions.symbols import Symbol
 from lsp_server.errors import Unusable
+from lsp_server.session import split_lines
 from prompts.comments import MARKERS
 
 QUOTED = re.compile(r"[rRuU]?(\"{3}|'{3})(?P<text>.*?)\1", re.S)
@@ -152,18 +153,19 @@ def applied(lines: Sequence[str], changes: Sequence[Change]) -> str:
 
 
 def checked(region: Region, changes: Sequence[Change]) -> None:
-    """Raises Unusable when Python that parsed before does not parse behind the changes."""
-    if region.language != "python":
+    """Raises Unusable when what parsed before does not parse behind the changes, in languages that have a parser."""
+    if not syntax.is_known(region.language):
         return
-    before, after = "".join(region.lines), applied(region.lines, changes)
-    if extraction.parses(before):
-        broken = not extraction.parses(after)
-    else:  # while somebody works elsewhere in the file, the region alone has to stay whole
+    after, above = applied(region.lines, changes), 0
+    was, now = syntax.faults(region.language, ["".join(region.lines), after])
+    if was is not None:  # while somebody works elsewhere in the file, the region alone has to stay whole
         grown = sum(change.text.count("\n") - (change.end - change.first) for change in changes)
-        tail = after.splitlines(keepends=True)[region.first : region.last + 1 + grown]
-        broken = extraction.parses(region.text) and not extraction.parses("".join(tail))
-    if broken:
-        raise Unusable("With the model's answer the file would no longer parse, so it is not used. Ask again, or select less.")
+        part = "".join(split_lines(after)[region.first : region.last + 1 + grown])
+        was, now = syntax.faults(region.language, [region.text, part])
+        above = region.first
+    if was is None and now is not None:
+        where = f"line {above + now}"
+        raise Unusable(f"With the model's answer the file would no longer parse ({where}), so it is not used. Ask again, or select less.")
 
 
 def documented(region: Region, answer: str) -> list[Change]:
@@ -192,7 +194,7 @@ def comment_in(code: str, language: str) -> str:
 
 def text_of_docstring(code: str) -> str:
     """The words of the docstring in `code`, be it alone or within its function; empty when there is none."""
-    if (tree := extraction.tree(code)) is None:
+    if (tree := syntax.tree(code)) is None:
         found = QUOTED.search(code)
         return textwrap.dedent(found["text"]).strip() if found else ""
     for node in ast.walk(tree):
@@ -225,7 +227,7 @@ def docstring(region: Region, symbol: Symbol, words: str) -> Change:
 
 def old_docstring(region: Region, symbol: Symbol) -> tuple[int, int]:
     """Where the docstring goes: the lines of the one there is, up to the one behind it; or none, right below the header."""
-    tree = extraction.tree("".join(region.lines[symbol.header : symbol.last + 1]))
+    tree = syntax.tree("".join(region.lines[symbol.header : symbol.last + 1]))
     node = tree.body[0] if tree and tree.body else None
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
         old = node.body[0]

@@ -36,6 +36,17 @@ class Suite:
     example_path: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where tests go, and what has to be known to check them."""
+
+    root: Path
+    source: Path
+    suite: Suite
+    existing: str
+    """The test file's text as it is on disk or, better, in an editor; empty when there is none."""
+
+
 def files_of(root: Path) -> list[Path]:
     """Names of the project's files, below `root`, without hidden folders and what was built or installed."""
     found: list[Path] = []

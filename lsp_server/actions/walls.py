@@ -1,5 +1,5 @@
 """The walls around generated tests: Linux namespaces without network, in which the whole file system is read-only but for a project
-folder whose changes stay in memory.
+folder whose changes stay in memory; and no way to sockets in that file system, behind which programs listen that do as they are told.
 
 Owns: the walls and the limits. Run as a program of its own with an order on stdin: it builds the walls around itself, gives up the right
 to take them down, and becomes the command it was told to run. Uses the standard library only; nothing of this package imports it.
@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 from pathlib import Path
 
@@ -26,7 +27,10 @@ NEW = 0x00020000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x4000000
 NEW_USER = 0x10000000
 MS_REC_PRIVATE = 0x4000 | 0x40000
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, RDONLY = 442, -100, 0x8000, 1
-PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG = 38, 1
+PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 1, 22, 2
+SOCKET_CALLS = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198), "riscv64": (0xC00000F3, 198)}
+"""By machine: how seccomp names it (audit.h), and the number of socket(2)."""
+IO_URING_SETUP = 425
 
 
 def launch() -> None:
@@ -55,6 +59,7 @@ def launch() -> None:
         with contextlib.suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
         called(libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+        forbid_local_sockets()
     except OSError as error:
         os.write(1, str(error).encode())
         os._exit(NOT_BUILT)
@@ -87,6 +92,24 @@ def enclose() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def forbid_local_sockets() -> None:
+    """From now on socket(AF_UNIX) fails: a socket may be spoken to although its file is read-only, the session's bus and Docker's among
+    them. socketpair(2), which event loops need, does not. The filter is BPF over struct seccomp_data: nr at 0, arch at 4, args from 16."""
+    if os.uname().machine not in SOCKET_CALLS:
+        raise OSError(0, f"local sockets cannot be forbidden on {os.uname().machine}")
+    arch, socket = SOCKET_CALLS[os.uname().machine]
+    load, equal, above, give = 0x20, 0x15, 0x35, 0x06
+    allowed, refused, killed = 0x7FFF0000, 0x00050000 | 13, 0x80000000
+    steps = [
+        (load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, killed),
+        (load, 0, 0, 0), (above, 5, 0, 0x40000000), (equal, 4, 0, IO_URING_SETUP), (equal, 0, 2, socket),
+        (load, 0, 0, 16), (equal, 1, 0, 1), (give, 0, 0, allowed), (give, 0, 0, refused),
+    ]  # fmt: skip
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))
+    called(libc().prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.byref(program)), "seccomp")
 
 
 def mount(source: str, target: Path | str, kind: str | None, flags: int, options: str = "") -> None:

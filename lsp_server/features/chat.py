@@ -7,10 +7,10 @@ from lsprotocol import types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lsp_server import answering
-from lsp_server.actions import act, references
-from lsp_server.actions.act import Asked, Place, Span
+from lsp_server.actions import reading, references
 from lsp_server.actions.extraction import cleaned
 from lsp_server.actions.references import Reference
+from lsp_server.actions.tasks import Asked, Place, Span
 from lsp_server.activity import Activity, plain, refused
 from lsp_server.connection import Connection, LastAction
 from lsp_server.errors import Refusal, Unusable
@@ -60,8 +60,9 @@ async def answered(server: Connection, params: ChatParams) -> dict[str, Any]:
     name, _, instruction = params.text.strip().removeprefix("/").partition(" ")
     if params.text.startswith("/"):
         return await acted(server, params, name, instruction.strip())
-    async with answering.engine_for(server) as engine:
-        return await said(server, params, engine)
+    async with answering.engine_for(server) as (engine, notes):
+        answer = await said(server, params, engine)
+        return answer | {"notes": [*notes, *answer["notes"]]}
 
 
 async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[str, Any]:
@@ -81,13 +82,13 @@ async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[s
         if params.partialResultToken is not None:
             server.progress(types.ProgressParams(token=params.partialResultToken, value={"text": piece}))
 
-    words = await activity.run(lambda: act.answer(engine, question.chat, settings.max_new_tokens, settings, heard, None))
+    words = await activity.run(lambda: reading.answer(engine, question.chat, settings.max_new_tokens, settings, heard, None))
     server.last_action = LastAction(title="Answering", cost=words.cost)
     text = cleaned(words.text, question.words).strip()
     if not text:
         raise Unusable("The model gave no answer. Ask again, in other words.")
     server.conversations.answered(question, text)
-    notes = act.notes_of(engine, words, question.dropped)
+    notes = reading.notes_of(engine, words, question.dropped)
     return {"conversation": question.conversation, "text": text, "notes": list(notes), "edit": None}
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from lsprotocol import types
 
 from lsp_server import answering
-from lsp_server.actions import act
-from lsp_server.actions.act import Asked, Span
+from lsp_server.actions import tasks
+from lsp_server.actions.tasks import Asked, Span
 from lsp_server.activity import own_capabilities, plain, refused
 from lsp_server.connection import RUN, Connection
 from lsp_server.errors import Refusal
@@ -33,9 +33,10 @@ def register(server: Connection) -> None:
             head = action.head
             if params.context.only and not any(head.kind == only or head.kind.startswith(f"{only}.") for only in params.context.only):
                 continue
-            if head.asks and not own_capabilities(server).get("input"):
+            if (title := tasks.fits(action, snapshot, span_asked, len(diagnostics))) is None:
                 continue
-            if (title := act.fits(action, snapshot, span_asked, len(diagnostics))) is None:
+            written = tasks.marked(action, snapshot.lines[span_asked.start.line : span_asked.end.line + 1])
+            if head.asks and not (written or head.offers or own_capabilities(server).get("input")):
                 continue
             about_diagnostic = head.applies_to == "diagnostic"
             asked = Asked(
@@ -44,6 +45,7 @@ def register(server: Connection) -> None:
                 range=span_of(params.context.diagnostics[0].range) if about_diagnostic else span_asked,
                 version=document.version,
                 diagnostics=diagnostics if about_diagnostic else (),
+                instruction=written,
             )
             found.append(offered(server, title, asked, params.context.diagnostics))
         return found
@@ -64,7 +66,7 @@ def register(server: Connection) -> None:
 
 
 def span_of(range: types.Range) -> Span:
-    start, end = (act.Place(line=place.line, character=place.character) for place in (range.start, range.end))
+    start, end = (tasks.Place(line=place.line, character=place.character) for place in (range.start, range.end))
     return Span(start=start, end=end)
 
 
@@ -82,7 +84,7 @@ def offered(server: Connection, title: str, asked: Asked, diagnostics: Sequence[
     client = server.client_capabilities.text_document
     client_actions = (client and client.code_action) or types.CodeActionClientCapabilities()
     command = types.Command(title=title, command=RUN, arguments=[data])
-    if head.asks:
+    if head.asks and not asked.instruction and own_capabilities(server).get("input"):
         command = types.Command(title=title, command=INPUT, arguments=[data, head.asks])
     if client_actions.code_action_literal_support is None:
         return command
@@ -90,7 +92,8 @@ def offered(server: Connection, title: str, asked: Asked, diagnostics: Sequence[
     if head.applies_to == "diagnostic":
         found.diagnostics = list(diagnostics)
     resolves = client_actions.resolve_support and "edit" in client_actions.resolve_support.properties and client_actions.data_support
-    if head.answer == "show" or head.asks or not resolves:
+    needs_words = head.asks and not asked.instruction
+    if head.answer == "show" or needs_words or not resolves:
         found.command = command
     else:
         found.data = data

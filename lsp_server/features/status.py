@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from lsp_server import answering
 from lsp_server.connection import Connection
 
 
@@ -10,11 +11,19 @@ def register(server: Connection) -> None:
     @server.feature("deepseek/status")
     async def status(params: None) -> dict[str, Any]:
         engine, last = server.host.engine, server.last
+        second = server.second.host
         cost = asdict(last.cost) | {"reuse": last.cost.reuse} if last.cost else None
         return {
             "state": server.host.state if server.settings.inline.enabled else "disabled",
             "message": server.host.message,
             "model": asdict(engine.facts) if engine else None,
+            "chat": {
+                "state": second.state,
+                "message": second.message,
+                "model": asdict(second.engine.facts) if second.engine else None,
+            }
+            if answering.has_second(server)
+            else None,
             "settings": server.settings.model_dump(),
             "problems": server.problems,
             "requests": {"asked": server.asked, "shown": server.shown, "accepted": server.accepted},

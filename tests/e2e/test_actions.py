@@ -10,6 +10,7 @@ import pytest
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 
+from prompts import library
 from tests.editor import URI, Editor, capabilities, editor, plain
 
 SHOP = """class Shop:
@@ -101,9 +102,8 @@ async def test_listing_asks_no_model_and_shows_what_fits_the_place(thinking: Edi
     selected = set(await listed(thinking, types.Range(types.Position(2, 0), types.Position(3, 0)), (DIAGNOSTIC,)))
     assert selected - titles == {
         "Explain the selection", "Review the selection", "Simplify the selection", "Make the selection faster", "Explain this error",
-        "Fix this with the model",
+        "Fix this with the model", "Change the selection as I say …", "Convert the selection to another language …",
     }  # fmt: skip
-    assert "Convert the selection to another language …" not in selected
 
 
 async def test_a_client_that_can_ask_for_words_gets_the_actions_that_need_an_instruction(thinking: Editor):
@@ -111,6 +111,47 @@ async def test_a_client_that_can_ask_for_words_gets_the_actions_that_need_an_ins
     actions = await listed(thinking, types.Range(types.Position(2, 0), types.Position(3, 0)))
     command = actions["Change the selection as I say …"].command
     assert command.command == "deepseek-lsp.input" and command.arguments[1] == "What should change?"
+
+
+SELECTED = types.Range(types.Position(1, 0), types.Position(4, 0))
+
+
+@pytest.mark.parametrize("chosen", ["Use early returns", None])
+async def test_an_editor_that_cannot_ask_for_words_lets_the_user_choose_among_instructions(fixing: Editor, chosen: str | None):
+    await begin(fixing, modest())
+    questions = []
+
+    @fixing.client.feature(types.WINDOW_SHOW_MESSAGE_REQUEST)
+    def choose(params: types.ShowMessageRequestParams) -> types.MessageActionItem | None:
+        questions.append(params)
+        return types.MessageActionItem(chosen) if chosen else None
+
+    command = (await listed(fixing, SELECTED))["Change the selection as I say …"]
+    assert command.command == "deepseek-lsp.run"
+    if chosen:
+        assert (await run(fixing, command))["applied"] and len(fixing.applied) == 1
+    else:
+        with pytest.raises(JsonRpcException, match=r"an instruction is needed.*write <do: what>"):
+            await run(fixing, command)
+    (question,) = questions
+    assert "What should change?" in question.message and "Use early returns" in [choice.title for choice in question.actions]
+
+
+async def test_an_editor_without_questions_is_told_what_to_do_instead(fixing: Editor):
+    await begin(fixing, modest())
+    with pytest.raises(JsonRpcException, match=r"an instruction is needed.*write <do: what>"):
+        await run(fixing, (await listed(fixing, SELECTED))["Change the selection as I say …"])
+
+
+@pytest.mark.parametrize("client", [modest(), able(), able(input=True)], ids=["modest", "able", "our own"])
+async def test_an_instruction_in_the_selection_is_an_action_of_its_own_in_every_editor(fixing: Editor, client: types.ClientCapabilities):
+    await begin(fixing, client, SHOP.replace("        return None", "        return None  # <do: no useless return>"))
+    actions = await listed(fixing, SELECTED)
+    action = actions["Change the selection as I say: no useless return"]
+    if isinstance(action, types.Command):
+        assert (await run(fixing, action))["applied"]
+    else:
+        assert action.command is None and (await fixing.client.code_action_resolve_async(action)).edit is not None
 
 
 async def test_resolving_gives_the_smallest_edit_for_the_documents_version_with_a_label(fixing: Editor):
@@ -156,6 +197,31 @@ async def test_a_modest_client_gets_commands_whose_edit_is_made_for_it(fixing: E
     assert {uri: list(edits) for uri, edits in edit.changes.items()} == {
         URI: [types.TextEdit(types.Range(types.Position(3, 0), types.Position(4, 0)), "")]
     }
+
+
+WHOLE = '```python\ndef add(self, item):\n    """Adds it."""\n    self.items.append(item)\n```'
+
+
+@pytest.mark.parametrize("client", [able(), modest()], ids=["able", "modest"])
+async def test_every_action_gives_an_edit_or_words_in_editors_that_can_do_much_or_little(client: types.ClientCapabilities):
+    async with editor(*scripted(WHOLE)) as running:
+        await begin(running, client, SHOP.replace("return None", "return None  # TODO"))
+
+        @running.client.feature(types.WINDOW_SHOW_MESSAGE_REQUEST)
+        def choose(params: types.ShowMessageRequestParams) -> types.MessageActionItem:
+            return types.MessageActionItem(params.actions[0].title)
+
+        actions = await listed(running, SELECTED, (DIAGNOSTIC,))
+        assert len(actions) == len(library.load()[0])
+        for title, action in actions.items():
+            if title == "Write tests for add":  # into files, below
+                continue
+            running.applied.clear()
+            if isinstance(action, types.Command) or action.command:
+                done = await run(running, action if isinstance(action, types.Command) else action.command)
+                assert bool(done["text"]) != bool(running.applied), title
+            else:
+                assert (await running.client.code_action_resolve_async(action)).edit is not None, title
 
 
 async def test_an_explanation_is_shown_as_a_document_that_only_the_user_can_read(fixing: Editor):
@@ -281,6 +347,23 @@ async def test_tests_are_added_to_the_file_that_is_there(tmp_path: Path):
         (change,) = resolved.edit.document_changes
         assert change.text_document.uri == (tmp_path / "test_shop.py").as_uri() and change.text_document.version is None
         assert [(edit.range.start.line, edit.range.end.line) for edit in change.edits] == [(1, 1), (5, 5)]
+
+
+async def test_tests_are_added_to_a_class_that_is_there(tmp_path: Path):
+    source, tests = tmp_path / "src/main/java/Cart.java", tmp_path / "src/test/java/CartTest.java"
+    for file, text in ((source, "class Cart {\n    int total() {\n        return 0;\n    }\n}\n"), (tests, "class CartTest {\n}\n")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    answer = "```java\nclass CartTest {\n    @Test\n    void zero() {\n        new Cart().total();\n    }\n}\n```"
+    async with editor(*scripted(answer)) as running:
+        await begin(running, able(), folder=tmp_path.as_uri())
+        running.open(source.read_text(), uri=source.as_uri(), language="java")
+        question = asked("tests", source.as_uri()) | {"range": {"start": {"line": 2, "character": 0}, "end": {"line": 2, "character": 0}}}
+        await run(running, types.Command(title="", command="deepseek-lsp.run", arguments=[question]))
+        (change,) = running.applied[0].document_changes
+        (edit,) = change.edits
+        assert change.text_document.uri == tests.as_uri() and edit.range == types.Range(types.Position(1, 0), types.Position(1, 0))
+        assert edit.new_text == "    @Test\n    void zero() {\n        new Cart().total();\n    }\n"
 
 
 async def test_a_client_that_cannot_create_files_is_told_so(tmp_path: Path):

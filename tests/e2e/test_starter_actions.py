@@ -38,7 +38,7 @@ async def running(tmp_path_factory):
         found.window.show_document = types.ShowDocumentClientCapabilities(support=True)
         folders = [types.WorkspaceFolder(uri=folder.as_uri(), name="project")]
         params = types.InitializeParams(
-            capabilities=found, workspace_folders=folders, initialization_options={"actions": {"deadline_s": 20}}
+            capabilities=found, workspace_folders=folders, initialization_options={"actions": {"deadline_s": 60}}
         )
         await started.client.initialize_session(params)
         assert (await started.until_ready())["state"] == "ready"

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from lsprotocol import types
 
-from lsp_server.actions import act, regions
-from lsp_server.actions.act import Asked
+from lsp_server.actions import prompting, reading, regions, tasks
+from lsp_server.actions.tasks import Asked
 from lsp_server.session import Document, Encoding
 from lsp_server.settings import ActionSettings
 from prompts import library
@@ -38,15 +38,15 @@ def document_of(text: str, language: str = "python", uri: str = URI) -> Document
 
 
 def asked_of(name: str, range: types.Range, **more: object) -> Asked:
-    start, end = (act.Place(line=place.line, character=place.character) for place in (range.start, range.end))
-    return Asked(action=name, uri=more.pop("uri", URI), range=act.Span(start=start, end=end), **more)
+    start, end = (tasks.Place(line=place.line, character=place.character) for place in (range.start, range.end))
+    return Asked(action=name, uri=more.pop("uri", URI), range=tasks.Span(start=start, end=end), **more)
 
 
-def task_of(drawing: str, name: str, language: str = "python", **more: object) -> tuple[act.Task, Document]:
+def task_of(drawing: str, name: str, language: str = "python", **more: object) -> tuple[tasks.Task, Document]:
     text, range = parse(drawing)
     uri = str(more.get("uri", URI))
     document = document_of(text, language, uri)
-    return act.prepare(ACTIONS[name], asked_of(name, range, **more), document, "shop.py", FOLDERS, 2_000_000), document
+    return tasks.prepare(ACTIONS[name], asked_of(name, range, **more), document, "shop.py", FOLDERS, 2_000_000), document
 
 
 async def after(drawing: str, name: str, *answer: str, language: str = "python", **more: object) -> str:
@@ -54,6 +54,6 @@ async def after(drawing: str, name: str, *answer: str, language: str = "python",
     task, document = task_of(drawing, name, language, **more)
     engine = ScriptedEngine(answer, facts=replace(FACTS, context_tokens=16_384))
     settings = ActionSettings()
-    chat, _ = act.prompt(task, engine, settings, [], {})
-    words = await act.answer(engine, chat, task.action.head.max_new_tokens, settings, act.unheard, document)
-    return regions.applied(task.region.lines, act.changes(task, words))
+    chat, _ = prompting.prompt(task, engine, settings, [], {})
+    words = await reading.answer(engine, chat, task.action.head.max_new_tokens, settings, reading.unheard, document)
+    return regions.applied(task.region.lines, reading.changes(task, words))

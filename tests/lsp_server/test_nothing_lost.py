@@ -11,6 +11,7 @@ from lsprotocol import types
 from lsp_server import answering
 from lsp_server.connection import Connection
 from lsp_server.errors import Refusal
+from lsp_server.features import fill
 from lsp_server.host import Host
 from lsp_server.server import create_server
 from model_host.generation import Cost, Finish, Generation, Request
@@ -58,7 +59,7 @@ class Waiting(ScriptedEngine):
             generation.feed(END)
 
 
-REPLACING = {"fix", "simplify", "refactor", "todo"}
+REPLACING = {"fix", "optimise", "simplify", "refactor", "todo"}
 
 
 def starts(text: str) -> list[int]:
@@ -92,10 +93,15 @@ class Editor:
         changed = self.text[:at] + letter + self.text[at:]
         self.changed(changed, types.TextDocumentContentChangePartial(range=types.Range(here, here), text=letter))
 
-    def make(self, name: str, edit: types.WorkspaceEdit) -> None:
+    async def apply(self, params: types.ApplyWorkspaceEditParams) -> types.ApplyWorkspaceEditResult:
+        """What the server asks its client to make."""
+        return types.ApplyWorkspaceEditResult(applied=self.make("fill", params.edit))
+
+    def make(self, name: str, edit: types.WorkspaceEdit) -> bool:
+        """Makes an edit, and says whether it could be made."""
         (change,) = edit.document_changes
         if change.text_document.version != self.version:
-            return
+            return False
         text, lines = self.text, [*starts(self.text), len(self.text)]
         taken = ""
         for one in sorted(change.edits, key=lambda one: -one.range.start.line):
@@ -106,15 +112,18 @@ class Editor:
         assert lost <= set(taken) and (not lost or name in REPLACING)
         self.alive -= lost
         self.changed(text, types.TextDocumentContentChangeWholeDocument(text))
+        return True
 
 
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("type"), st.floats(0, 1)),
-        st.tuples(st.just("ask"), st.sampled_from(["docstring", "explain_symbol", *sorted(REPLACING)]), st.integers(0, 8)),
+        st.tuples(st.just("ask"), st.sampled_from(["docstring", "explain_symbol", "review", *sorted(REPLACING)]), st.integers(0, 8)),
+        st.tuples(st.just("fill"), st.integers(0, 8), st.integers(0, 12)),
         st.tuples(st.just("answer"), st.integers(0, 4), st.sampled_from(ANSWERS)),
         st.tuples(st.just("cancel"), st.integers(0, 4)),
         st.just(("collect",)),
+        st.tuples(st.just("settle"), st.sampled_from(ANSWERS)),
     ),
     max_size=16,
 )
@@ -150,19 +159,26 @@ async def played(operations: list[tuple]) -> None:
     engine = Waiting()
     server = await connected(engine)
     editor = Editor(server)
-    asked: list[tuple[str, asyncio.Task[answering.Done]]] = []
+    server.workspace_apply_edit_async = editor.apply
+    asked: list[tuple[str, asyncio.Task[answering.Done | int]]] = []
 
     async def collect(*, all_of_them: bool) -> None:
         running = [task for _, task in asked if not task.done()]
         if running:
-            await asyncio.wait(running, timeout=5 if all_of_them else 0.002)
+            await asyncio.wait(running, timeout=60 if all_of_them else 0.002)
         for name, task in list(asked):
             if task.done():
                 asked.remove((name, task))
                 with contextlib.suppress(Refusal, asyncio.CancelledError):
                     done = task.result()
-                    if done.edit is not None:
+                    if isinstance(done, answering.Done) and done.edit is not None:
                         editor.make(name, done.edit)
+
+    async def settle(answer: str) -> None:
+        """Everything that was asked comes to its end."""
+        for number in range(len(engine.generations)):
+            engine.answer(number, answer)
+        await collect(all_of_them=True)
 
     for what, *how in operations:
         if what == "type":
@@ -175,6 +191,13 @@ async def played(operations: list[tuple]) -> None:
             wanted = asked_of(name, types.Range(first, last), version=editor.version, diagnostics=("x",), instruction="better")
             asked.append((name, asyncio.ensure_future(answering.perform(server, wanted))))
             await begun()
+        elif what == "fill":
+            lines = editor.text.split("\n")
+            line = min(how[0], len(lines) - 1)
+            place = {"line": line, "character": min(how[1], len(lines[line]))}
+            wanted = fill.understood({"uri": URI, "range": {"start": place, "end": place}, "version": editor.version})
+            asked.append(("fill", asyncio.ensure_future(fill.done(server, wanted))))
+            await begun()
         elif what == "answer":
             engine.answer(how[0], how[1])
             await asyncio.sleep(0)
@@ -182,9 +205,8 @@ async def played(operations: list[tuple]) -> None:
             asked[how[0]][1].cancel()
         elif what == "collect":
             await collect(all_of_them=False)
+        elif what == "settle":
+            await settle(how[0])
         assert editor.alive <= set(editor.text) and server.session.find(URI).text == editor.text
-    for number in range(len(engine.generations)):
-        engine.answer(number, ANSWERS[0])
-    await asyncio.sleep(0.002)
-    await collect(all_of_them=True)
+    await settle(ANSWERS[0])
     assert not asked and editor.alive <= set(editor.text) and server.session.find(URI).text == editor.text

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyte
 import pytest
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from lsp_server.errors import Refusal, Stale
 from lsp_server.settings import Settings
 from lsp_server.terminal_chat import TerminalChat
 from prompts import library
-from tests.scripted import ScriptedEngine
+from tests.scripted import AnsweringEngine, ScriptedEngine
 
 SHOP = "def add(a, b):\n    return a - b\n"
 FIXED = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -68,6 +69,24 @@ async def test_tests_become_a_file_of_their_own(tmp_path: Path):
     await running.line("/file shop.py:1")
     await running.line("/tests")
     assert (tmp_path / "tests" / "test_shop.py").read_text().startswith("from shop import add\n")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+async def test_another_attempt_takes_the_place_of_the_answer_that_does_not_work(tmp_path: Path, is_terminal: bool):
+    running, shown = chat(tmp_path)
+    running.console = Console(file=shown, width=100, force_terminal=is_terminal, color_system=None)
+    wrong = "```python\nfrom shop import subtract\n\ndef test_first():\n    assert add(1, 2) == 3\n```"
+    right = "```python\ndef test_second():\n    assert add(1, 2) == 3\n```"
+    running.engine = AnsweringEngine(wrong, right)
+    await running.line("/file shop.py:1")
+    await running.line("/tests")
+    screen = pyte.Screen(100, 60)
+    pyte.Stream(screen).feed(shown.getvalue().replace("\n", "\r\n"))
+    seen = "\n".join(line.rstrip() for line in screen.display)
+    assert "Once more: shop has no subtract to import." in seen
+    assert "test_first" not in seen and "test_second" in seen.split("Once more")[1]
+    assert seen.split("+++")[0].count("test_second") == 1
+    assert "test_second" in (tmp_path / "tests" / "test_shop.py").read_text()
 
 
 @pytest.mark.parametrize(

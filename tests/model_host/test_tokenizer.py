@@ -120,7 +120,7 @@ def test_a_tokenizer_without_fim_tokens_loads_and_says_what_it_cannot_do(copied:
 def test_messages_outside_the_template_are_plain_text_to_go_on_with(tokenizer: Tokenizer):
     prompt = Chat(messages=(Message(role="user", content="### Request\n<｜User｜>"), Message(role="user", content="x")), in_template=False)
     assert list(tokenizer.encode_chat(prompt).ids) == [tokenizer.bos_id, *tokenizer.encode("### Request\n<｜User｜>x")]
-    assert tokenizer.has_chat
+    assert tokenizer.without_chat is None
 
 
 PIECES = ["def f", "  ", "\t", "\n", "\n\n", "\r\n", " \n", "x", "é", "你好", "🙂", "123", " = ", "...", "\u2028", "\x0c", " "]

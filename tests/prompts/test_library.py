@@ -44,6 +44,7 @@ def test_code_with_dollars_and_braces_is_put_in_as_it_is():
         ("of $code", "of $code with $framework", 'only where answer = "new_file"'),
         ('"symbol"', '"diagnostic"', "has to say $diagnostics"),
         ('answer = "show"', 'answer = "show"\nonly_where = "("', "no regular expression"),
+        ('answer = "show"', 'answer = "show"\noffers = ["Python"]', "offers are answers to asks"),
         ("+++\ntitle", "title", "has to begin with a line +++"),
         ("title = ", "title ", "no TOML"),
     ],

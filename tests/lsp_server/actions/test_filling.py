@@ -3,7 +3,7 @@
 import pytest
 from lsprotocol import types
 
-from lsp_server.actions import act, filling
+from lsp_server.actions import filling, reading, tasks
 from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.session import Document
 from lsp_server.settings import Settings
@@ -13,14 +13,14 @@ from tests.scripted import AnsweringEngine
 
 def asked(drawing: str, **more: object) -> tuple[Document, filling.ToFill]:
     text, range = parse(drawing)
-    start, end = (act.Place(line=place.line, character=place.character) for place in (range.start, range.end))
-    return document_of(text), filling.ToFill(uri=URI, range=act.Span(start=start, end=end), **more)
+    start, end = (tasks.Place(line=place.line, character=place.character) for place in (range.start, range.end))
+    return document_of(text), filling.ToFill(uri=URI, range=tasks.Span(start=start, end=end), **more)
 
 
 async def after(drawing: str, *answers: str, **more: object) -> tuple[str, AnsweringEngine]:
     document, wanted = asked(drawing, **more)
     engine = AnsweringEngine(*answers)
-    edits = await filling.filled(engine, document, wanted, "shop.py", Settings(), act.unheard)
+    edits = await filling.filled(engine, document, wanted, "shop.py", Settings(), reading.unheard)
     for edit in reversed(edits):
         document.change(types.TextDocumentContentChangePartial(range=edit.range, text=edit.new_text))
     return document.text, engine

@@ -1,16 +1,17 @@
 """Tests for a function: what is wrong with an answer, how it joins a file that is there, and a run behind walls."""
 
+import contextlib
+import os
+import socket
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from lsprotocol import types
 
-from lsp_server.actions import act, regions, sandbox, writing_tests
+from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, writing_tests
 from lsp_server.errors import Refusal, Unusable
-from lsp_server.session import split_lines
 from lsp_server.settings import ActionSettings
 from tests.lsp_server.drawn import ACTIONS, asked_of, document_of
 from tests.scripted import AnsweringEngine
@@ -36,16 +37,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(root: Path, line: int = 8) -> tuple[act.Task, writing_tests.Plan]:
+def prepared(root: Path, line: int = 8) -> tuple[tasks.Task, suites.Plan]:
     uri = (root / "shop.py").as_uri()
     here = types.Range(types.Position(line, 0), types.Position(line, 0))
     asked = asked_of("tests", here, uri=uri)
-    task = act.prepare(ACTIONS["tests"], asked, document_of(SHOP, uri=uri), "shop.py", [root.as_uri()], 2_000_000)
+    task = tasks.prepare(ACTIONS["tests"], asked, document_of(SHOP, uri=uri), "shop.py", [root.as_uri()], 2_000_000)
     return task, writing_tests.plan(task, [root.as_uri()])
 
 
 def problem(root: Path, code: str, line: int = 8) -> str | None:
-    return writing_tests.problem(*prepared(root, line), code)
+    return checking_tests.problem(*prepared(root, line), code)
 
 
 def test_tests_that_import_what_is_there_have_no_problem(root: Path):
@@ -68,12 +69,54 @@ def test_tests_that_cannot_work_are_told_why(root: Path, code: str, said: str):
     assert said in problem(root, code)
 
 
+JAVA_CART = "package shop;\n\nclass Cart {\n    int total() {\n        return 0;\n    }\n}\n"
+JAVA_TEST = "class CartTest {\n    @Test\n    void zero() {\n        new Cart().total();\n    }\n}"
+
+
+def elsewhere(root: Path, name: str, text: str, language: str, line: int) -> tuple[tasks.Task, suites.Plan]:
+    """As `prepared`, for a file in another language."""
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+    uri = (root / name).as_uri()
+    asked = asked_of("tests", types.Range(types.Position(line, 0), types.Position(line, 0)), uri=uri)
+    task = tasks.prepare(ACTIONS["tests"], asked, document_of(text, language, uri), name, [root.as_uri()], 2_000_000)
+    return task, writing_tests.plan(task, [root.as_uri()])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "language", "line", "code", "said"),
+    [
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST, None),
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST.removesuffix("}"), "does not parse, from line"),
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST.replace("@Test", ""), "no test"),
+        ("Cart.java", JAVA_CART, "java", 3, JAVA_TEST.replace("total", "sum"), "never use total"),
+        ("Cart.java", JAVA_CART, "java", 3, "public " + JAVA_TEST.replace("CartTest", "Tests"), "called CartTest"),
+        ("a.ts", "export function add(a: number) { return a; }\n", "typescript", 0, "test.each([1])('x', () => add(1));", None),
+        ("a.ts", "export function add(a: number) { return a; }\n", "typescript", 0, "add(1);", "no test"),
+        ("a.go", "package a\n\nfunc Add() int { return 1 }\n", "go", 2, "func TestAdd(t *testing.T) { Add() }", None),
+        ("a.go", "package a\n\nfunc Add() int { return 1 }\n", "go", 2, "func TestAdd(t *testing.T) { add() }", "never use Add"),
+        ("src/a.rs", "pub fn add() {}\n", "rust", 0, "#[tokio::test]\nasync fn adds() { add(); }", None),
+        ("A.kt", "fun add() = 1\n", "kotlin", 0, "class ATest {\n    @Test\n    fun a() { add() }\n}", None),
+    ],
+)
+def test_tests_in_other_languages_are_read_too(root: Path, name: str, text: str, language: str, line: int, code: str, said: str | None):
+    found = checking_tests.problem(*elsewhere(root, name, text, language, line), code)
+    assert found is None if said is None else found is not None and said in found
+
+
+def test_a_forgotten_package_is_put_in(root: Path):
+    task, plan = elsewhere(root, "Cart.java", JAVA_CART, "java", 3)
+    code = checking_tests.code_of(task, plan, f"```java\n{JAVA_TEST}\n```", is_cut_off=False)
+    assert code == f"package shop;\n\n{JAVA_TEST}"
+    assert checking_tests.code_of(task, plan, f"```java\n{code}\n```", is_cut_off=False) == code
+
+
 def test_a_forgotten_import_of_the_tested_name_is_put_in(root: Path):
     task, plan = prepared(root, line=4)
     answer = "```python\ndef test_total():\n    assert Cart().total() == 0\n```"
-    code = writing_tests.code_of(task, plan, answer, is_cut_off=False)
+    code = checking_tests.code_of(task, plan, answer, is_cut_off=False)
     assert code == "from shop import Cart\n\n\ndef test_total():\n    assert Cart().total() == 0"
-    assert writing_tests.problem(task, plan, code) is None
+    assert checking_tests.problem(task, plan, code) is None
 
 
 def test_tests_are_written_nowhere_but_in_the_workspace(root: Path):
@@ -85,38 +128,6 @@ def test_tests_are_written_nowhere_but_in_the_workspace(root: Path):
         writing_tests.plan(task, [root.as_uri()])
 
 
-def added(existing: str, code: str, newline: str = "\n") -> str:
-    lines = tuple(split_lines(existing))
-    found = writing_tests.python_addition(existing, code)
-    assert all(change.first == change.end for change in writing_tests.changes(lines, newline, found))
-    return regions.applied(lines, writing_tests.changes(lines, newline, found))
-
-
-def test_tests_are_added_below_those_that_are_there_and_their_imports_behind_the_others():
-    existing = "import pytest\n\n\ndef test_old():\n    assert True\n"
-    new = "import pytest\n" + GOOD.replace("def test_add", "@pytest.mark.slow\ndef test_add") + "\n\ndef test_old():\n    pass\n"
-    assert added(existing, new) == (
-        "import pytest\nfrom shop import add\n\n\ndef test_old():\n    assert True\n\n\n"
-        "@pytest.mark.slow\ndef test_add():\n    assert add(1, 2) == 3\n\n\ndef test_old_2():\n    pass\n"
-    )
-
-
-def test_nothing_is_added_to_a_file_that_does_not_parse():
-    with pytest.raises(Unusable, match="mend it first"):
-        added("def broken(:\n", GOOD)
-
-
-@given(
-    st.lists(st.sampled_from(["import os", "import pytest", "x = 1", "def test_add(): pass", "# é 🙂", "", '"""\ntext\n"""']), max_size=8)
-)
-def test_an_addition_keeps_every_line_that_is_there_in_order(lines: list[str]):
-    existing = "\n".join(lines)
-    result = added(existing, GOOD).split("\n")
-    place = 0
-    for line in existing.split("\n"):
-        place = result.index(line, place) + 1
-
-
 async def written(root: Path, python: str, *answers: str) -> tuple[str, tuple[str, ...], AnsweringEngine, list[str]]:
     task, plan = prepared(root)
     engine, begun_anew = AnsweringEngine(*answers), []
@@ -124,9 +135,45 @@ async def written(root: Path, python: str, *answers: str) -> tuple[str, tuple[st
     async def start_over(why: str) -> None:
         begun_anew.append(why)
 
-    watched = writing_tests.Watched(heard=act.unheard, start_over=start_over)
+    watched = writing_tests.Watched(heard=reading.unheard, start_over=start_over)
     code, notes = await writing_tests.write(engine, task, plan, ActionSettings(), python, watched)
     return code, notes, engine, begun_anew
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```python\n{GOOD}```",
+        f"Sure:\n\n```py\n{GOOD}```\nRun it with:\n```sh\nrm -rf /\n```",
+        f"```\n{GOOD}\n```<｜end▁of▁sentence｜>User: more",
+        f"~~~python\n{GOOD}~~~\n\nUser: and now?\n\nAssistant: ```python\nimport os\n```",
+        GOOD,
+    ],
+)
+async def test_tests_in_any_wrapping_are_the_same_tests(root: Path, answer: str):
+    code, notes, _, begun_anew = await written(root, "", answer)
+    assert code == GOOD.rstrip("\n") and notes == () and begun_anew == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("", "without a block of code"),
+        ("I cannot help with that.", "without a block of code"),
+        ("```python\n```", "empty block"),
+        (f"```python\n{GOOD[:-8]}", "cut off|no Python"),
+        ("```python\n" + "def test_add(): add()\n" * 100_000, "cut off"),
+        ("x" * 1_000_000, "cut off|without a block"),
+        ("../../etc/passwd", "without a block of code"),
+        (f"<｜fim▁begin｜>```python\n{GOOD}```", "without a block of code"),
+        (f"```python\n{GOOD}\u202e```", "U.202E"),
+        ("```python\nimport os\nos.system('rm -rf /')\n```", "begins with test"),
+    ],
+    ids=lambda text: text[:20],
+)
+async def test_an_answer_without_tests_twice_writes_nothing_and_says_why(root: Path, answer: str, said: str):
+    with pytest.raises(Unusable, match=said):
+        await written(root, "", answer, answer)
 
 
 async def test_tests_that_cannot_work_are_mended_once_with_the_reason_in_the_question(root: Path):
@@ -175,6 +222,65 @@ def test_walls():
     assert not (root / "inside.txt").exists() and not outside.exists() and not (root / "tests").exists()
     failed = await writing_tests.tried(task, plan, code, sys.executable)
     assert not failed.passed and "assert 3 == 30" in failed.output
+
+
+HOSTILE = """
+import asyncio, os, resource, signal, socket
+
+def refused(what):
+    try:
+        what()
+    except (OSError, ValueError, MemoryError):
+        return True
+    return False
+
+socket.socketpair()
+asyncio.run(asyncio.sleep(0))
+checks = {{
+    "the socket of a program outside": refused(lambda: socket.socket(socket.AF_UNIX).connect({listening!r})),
+    "a port of this machine": refused(lambda: socket.create_connection(("127.0.0.1", {port}), 2)),
+    "a secret in the environment": "DEEPSEEK_ENGINE_TOKEN" not in os.environ,
+    "the server's environment": refused(lambda: open("/proc/{server}/environ").read()),
+    "the server's memory": refused(lambda: open("/proc/{server}/mem", "rb+")),
+    "the server's life": refused(lambda: os.kill({server}, signal.SIGTERM)),
+    "private folders": not any(os.listdir(folder) for folder in {private!r}),
+    "a large file": refused(lambda: open("large", "wb").write(bytes(40 << 20))) or os.path.getsize("large") <= 32 << 20,
+    "much memory": refused(lambda: bytearray(8 << 30)),
+    "its limits": refused(lambda: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))),
+    "the root of the file system": refused(lambda: open("/deepseek-lsp-was-here", "w")),
+}}
+print([what for what, held in checks.items() if not held])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_hostile_tests_reach_nothing_outside(root: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
+    from lsp_server.actions import walls  # Linux's only
+
+    monkeypatch.setenv("DEEPSEEK_ENGINE_TOKEN", "secret")
+    listening = str(tmp_path_factory.mktemp("s") / "s")
+    private = [str(Path.home() / name) for name in walls.PRIVATE if (Path.home() / name).is_dir()]
+    with socket.socket(socket.AF_UNIX) as local, socket.create_server(("127.0.0.1", 0)) as port:
+        local.bind(listening)
+        local.listen()
+        code = HOSTILE.format(listening=listening, port=port.getsockname()[1], server=os.getpid(), private=private)
+        run = await sandbox.run([sys.executable, "-c", code], root, {})
+    if not run.is_done:
+        pytest.skip(run.output)
+    assert run.passed and run.output.strip() == "[]", run.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_nothing_that_tests_begin_outlives_them(root: Path):
+    mark = f"outlives-{uuid.uuid4()}"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', {mark!r}]); print('begun')"
+    run = await sandbox.run([sys.executable, "-c", code], root, {})
+    if not run.is_done:
+        pytest.skip(run.output)
+    assert run.passed and run.output.strip() == "begun"
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert mark.encode() not in file.read_bytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
