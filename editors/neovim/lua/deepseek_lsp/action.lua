@@ -50,6 +50,33 @@ function M.offer(title, change, encoding)
   propose(windows.open(page.buffer, title, ""), page, title, change, encoding)
 end
 
+--- Words to be read stay in the window.
+local function keep(window, page, title, result, client)
+  for _, note in ipairs(result.notes) do
+    page:append("\n\n_" .. note .. "_")
+  end
+  if not result.conversation then
+    return window:name(title, READING)
+  end
+  vim.keymap.set("n", "c", function()
+    window:close()
+    require("deepseek_lsp.chat").go_on(result.conversation, client, title, result.text)
+  end, { buffer = page.buffer, nowait = true, desc = "Ask on in the chat" })
+  window:name(title, "c asks on in the chat · " .. READING)
+end
+
+--- A change is shown where the server wants that, and else made.
+local function change(window, page, title, result, client)
+  for _, note in ipairs(result.notes) do
+    say(note, vim.log.levels.INFO)
+  end
+  if edit.asks(result.edit) then
+    return propose(window, page, title, result.edit, client.offset_encoding)
+  end
+  window:close()
+  make(title, result.edit, client.offset_encoding)
+end
+
 --- Does the action `name`.
 ---@param name string
 ---@param place deepseek_lsp.Place
@@ -59,27 +86,23 @@ function M.run(name, place, instruction)
   if not client then
     return say(server.missing())
   end
-  M.stop()
   if current then
     current.window:close()
   end
   local page = pages.new(function()
     return place.window
   end)
-  local heard, title, mine = "", name, nil
+  local heard, title, mine = "", name:gsub("_", " "), nil
   page:append(WAITING)
-  local window = windows.open(page.buffer, name:gsub("_", " "), "q stops", function()
+  local window = windows.open(page.buffer, title, "q stops", function()
     mine.stop()
     current = current ~= mine and current or nil
   end)
   page.changed = function()
     window:fit()
   end
-  mine = { window = window }
-  local stop = stream.ask(client, place.buffer, {
-    text = ("/%s %s"):format(name, instruction or ""),
-    references = { place.reference },
-  }, {
+  local params = { text = ("/%s %s"):format(name, instruction or ""), references = { place.reference } }
+  local stop = stream.ask(client, place.buffer, params, {
     piece = function(text, of)
       if heard == "" then
         title = of
@@ -95,42 +118,31 @@ function M.run(name, place, instruction)
       page:write({ 0, 0 }, WAITING)
     end,
     over = function(problem, result)
-      if problem then
-        if heard == "" then
-          window:close()
-          return say(problem)
-        end
+      if problem and heard == "" then
+        window:close()
+        say(problem)
+      elseif problem then
         page:append("\n\n**Not done:** " .. problem)
-        return window:name(title, READING)
-      end
-      title = result.title or title
-      local notes = table.concat(vim.tbl_map(function(note)
-        return "\n\n_" .. note .. "_"
-      end, result.notes))
-      if not result.edit then
+        window:name(title, READING)
+      elseif result.edit then
+        change(window, page, result.title, result, client)
+      else
         if vim.trim(heard) ~= result.text then
           page:write({ 0, 0 }, result.text)
         end
-        page:append(notes)
-        return window:name(title, READING)
-      end
-      vim.tbl_map(function(note)
-        say(note, vim.log.levels.INFO)
-      end, result.notes)
-      if edit.asks(result.edit) then
-        propose(window, page, title, result.edit, client.offset_encoding)
-      else
-        window:close()
-        make(title, result.edit, client.offset_encoding)
+        keep(window, page, result.title, result, client)
       end
     end,
   })
-  mine.stop = function()
-    if stop() then
-      page:append("\n\n_Stopped._")
-      window:name(title, READING)
-    end
-  end
+  mine = {
+    window = window,
+    stop = function()
+      if stop() then
+        page:append("\n\n_Stopped._")
+        window:name(title, READING)
+      end
+    end,
+  }
   current = mine
 end
 

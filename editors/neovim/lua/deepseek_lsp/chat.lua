@@ -198,28 +198,45 @@ local function show()
   vim.wo.winfixheight = true
 end
 
+local function ready()
+  if not (page and vim.api.nvim_buf_is_valid(page.buffer) and vim.api.nvim_buf_is_valid(input)) then
+    make()
+  end
+  if vim.bo.buftype == "" then
+    source = vim.api.nvim_get_current_win()
+  end
+end
+
+local function shown()
+  if #vim.fn.win_findbuf(page.buffer) == 0 or #vim.fn.win_findbuf(input) == 0 then
+    show()
+  end
+  head()
+end
+
+--- Goes on with a conversation that began elsewhere.
+function M.go_on(conversation, client, title, text)
+  ready()
+  M.begin()
+  talk = { id = conversation, client = client.id }
+  page:append(("### DeepSeek\n\n_%s_\n\n%s\n\n"):format(title, text))
+  shown()
+  M.focus()
+end
+
 --- Opens the chat.
 ---@param place? deepseek_lsp.Place what the next question is about
 ---@param question? string sent at once
 ---@param anew boolean begin a new conversation
 function M.open(place, question, anew)
-  if not (page and vim.api.nvim_buf_is_valid(page.buffer) and vim.api.nvim_buf_is_valid(input)) then
-    make()
-  end
-  local here = vim.api.nvim_get_current_win()
-  if vim.bo.buftype == "" then
-    source = here
-  end
+  ready()
   if anew then
     M.begin()
   end
   if place then
     table.insert(about, place)
   end
-  if #vim.fn.win_findbuf(page.buffer) == 0 or #vim.fn.win_findbuf(input) == 0 then
-    show()
-  end
-  head()
+  shown()
   if question ~= "" then
     type_in(question)
     M.send()
