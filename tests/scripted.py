@@ -76,15 +76,16 @@ class AnsweringEngine(ScriptedEngine):
 
 
 class PromptedEngine(ScriptedEngine):
-    """What it says depends on words that the question contains."""
+    """What it says depends on words that the question contains, or else one before it."""
 
     def __init__(self, answers: Mapping[str, Sequence[str | None]], step_s: float = 0.0) -> None:
         super().__init__([], step_s)
         self._answers = answers
 
     def submit(self, request: Request) -> Generation:
-        asked = request.prompt.messages[-1].content if isinstance(request.prompt, Chat) else ""
-        self._pieces = next((pieces for words, pieces in self._answers.items() if words in asked), [])
+        messages = reversed(request.prompt.messages) if isinstance(request.prompt, Chat) else ()
+        found = (pieces for message in messages for words, pieces in self._answers.items() if words in message.content)
+        self._pieces = next(found, [])
         return super().submit(request)
 
 

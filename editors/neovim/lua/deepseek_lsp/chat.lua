@@ -8,7 +8,7 @@ local stream = require("deepseek_lsp.stream")
 local M = {}
 
 local INPUT_LINES = 5
-local KEYS = "<CR> or <C-s> sends · <C-c> stops"
+local KEYS = "<CR> or <C-s> sends · <Esc> stops"
 
 ---@type deepseek_lsp.Page?
 local page
@@ -81,7 +81,7 @@ function M.send()
     return
   end
   if stop then
-    return say("an answer is being written: <C-c> stops it.")
+    return say("an answer is being written: <Esc> stops it.")
   end
   if not client then
     return say(server.missing())
@@ -158,8 +158,8 @@ local function make()
   vim.api.nvim_buf_set_name(input, "deepseek://question")
   map(input, "n", "<CR>", M.send, "Send the question")
   map(input, { "n", "i" }, "<C-s>", M.send, "Send the question")
-  map(input, { "n", "i" }, "<C-c>", M.stop, "Stop the answer")
-  map(page.buffer, "n", "<C-c>", M.stop, "Stop the answer")
+  map(input, "n", "<Esc>", M.stop, "Stop the answer")
+  map(page.buffer, "n", "<Esc>", M.stop, "Stop the answer")
   map(page.buffer, "n", "q", M.close, "Close the chat; :DeepseekChat opens it again")
   for _, key in ipairs({ "i", "a", "o" }) do
     map(page.buffer, "n", key, M.focus, "Write a question")

@@ -67,7 +67,8 @@ local function any(args)
   end
   if name == "" then
     local range = args.range > 0 and { start = { args.line1, 0 }, ["end"] = { args.line2, #vim.fn.getline(args.line2) } } or nil
-    return vim.lsp.buf.code_action({ range = range, filter = is_ours })
+    local context = { diagnostics = place.diagnostics } -- also those of other servers, which Neovim would leave out
+    return vim.lsp.buf.code_action({ range = range, context = context, filter = is_ours })
   end
   local item = instruction == "" and offered(place)[name]
   if item and item.arguments[2] then
@@ -138,7 +139,7 @@ local function described(status)
     add("- nothing shown last time: %s", status.last.reason)
   end
   if type(status.action) == "table" and status.action.reason ~= "" then
-    add("- %s: %s", status.action.title, status.action.reason)
+    add("- %s: %s", vim.trim(status.action.title), status.action.reason)
   end
   for _, problem in ipairs(status.problems) do
     add("- problem: %s", problem)

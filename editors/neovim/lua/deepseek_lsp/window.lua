@@ -13,6 +13,7 @@ Window.__index = Window
 ---@return deepseek_lsp.Window
 function M.open(buffer, title, keys, closed)
   vim.bo[buffer].bufhidden = "wipe"
+  vim.cmd.stopinsert()
   local window = setmetatable({ buffer = buffer, title = title, keys = keys }, Window)
   window.id = vim.api.nvim_open_win(buffer, true, window:layout(1))
   vim.wo[window.id].wrap, vim.wo[window.id].linebreak, vim.wo[window.id].conceallevel = true, true, 2
@@ -68,6 +69,13 @@ function Window:fit()
     local text = vim.api.nvim_win_text_height(self.id, {}).all
     local room = vim.o.lines - vim.o.cmdheight - 5
     vim.api.nvim_win_set_config(self.id, self:layout(math.max(math.min(text, room), 1)))
+    vim.api.nvim_win_call(self.id, function()
+      if text <= room then
+        vim.fn.winrestview({ topline = 1 })
+      elseif vim.fn.line(".") == vim.fn.line("$") then
+        vim.cmd("normal! zb")
+      end
+    end)
   end
 end
 
