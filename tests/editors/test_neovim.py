@@ -20,9 +20,15 @@ HOLE = 23
 WORD, LINE = f"{ESCAPE}w", f"{ESCAPE}l"
 
 
+RECORDED = """
+_G.states = {}
+vim.api.nvim_create_autocmd("LspProgress", { callback = vim.schedule_wrap(function() table.insert(_G.states, _G.state()) end) })
+"""
+
+
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def neovim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    editor = Neovim(tmp_path_factory.mktemp("neovim"), request.param)
+    editor = Neovim(tmp_path_factory.mktemp("neovim"), request.param, before=RECORDED)
     try:
         editor.open("warm.py", INVENTORY)
         editor.until_ready()
@@ -47,6 +53,12 @@ def test_what_is_typed_brings_ghost_text_on_the_screen_and_tab_takes_it(neovim: 
     neovim.terminal.draw(pictures / "neovim.svg", "Neovim")
     neovim.terminal.press(TAB)
     neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "r" + ghost.split("\n")[0])
+
+
+def test_the_statusline_says_how_much_is_loaded(neovim: Neovim):
+    states = neovim.lua("return _G.states")
+    shares = [int(state.removeprefix("deepseek ").removesuffix("%%")) for state in states if state.endswith("%%")]
+    assert shares and shares == sorted(shares), states
 
 
 def test_an_accepted_suggestion_is_counted_by_the_server(neovim: Neovim):
@@ -237,13 +249,17 @@ def everything_is_there(folder: Path, suite: str, setup: str) -> None:
 
 
 def test_vim_pack_installs_the_plugin_as_the_readme_says(tmp_path: Path, origin: Path):
-    setup = readme("vim.pack").replace("https://HOST/OWNER/deepseek-lsp", f"file://{origin}").replace('src = "', 'name = "deepseek-lsp", src = "')
+    setup = (
+        readme("vim.pack")
+        .replace("https://HOST/OWNER/deepseek-lsp", f"file://{origin}")
+        .replace('src = "', 'name = "deepseek-lsp", src = "')
+    )
     everything_is_there(tmp_path, "forky", setup.replace("} })", "} }, { confirm = false })", 1))
 
 
 @pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.10"])
 def test_the_readmes_lines_for_lazy_nvim_work_as_it_runs_them(tmp_path: Path, origin: Path, suite: str):
-    """After Neovim's start, with the loading of plugins left to it, the clone in the runtimepath. lazy.nvim itself is in no package registry."""
+    """After Neovim's start, with the loading of plugins left to it, the clone in the runtimepath. lazy.nvim itself could not be had."""
     clone = tmp_path / "data/lazy/deepseek-lsp"
     subprocess.run(["git", "clone", "--quiet", f"file://{origin}", str(clone)], check=True)
     setup = f"""

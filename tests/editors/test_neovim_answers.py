@@ -1,6 +1,7 @@
 """What the plugin shows of the model's answers, in Neovim 0.12 and 0.10: explain, changes by command, chat. With the real server and the
 starter, and where the words must be known with a server whose model says what stands here."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,15 @@ ADD = 20
 """The line of the inventory, counted from 1, in which `add` begins."""
 SEND = "\x13"
 LONG = [f"line {number}\n" for number in range(60)]
-TESTS = "```python\nfrom inventory import Inventory, Item\n\n\ndef test_add():\n    stock = Inventory()\n    stock.add(Item(\"pear\", 0.7))\n    assert \"pear\" in stock.items\n```"
+TESTS = """```python
+from inventory import Inventory, Item
+
+
+def test_add():
+    stock = Inventory()
+    stock.add(Item("pear", 0.7))
+    assert "pear" in stock.items
+```"""
 FIXED = "```python\ndef add(self, item: Item) -> None:\n    self.items[item.name.lower()] = item\n```"
 ANSWERS = {
     "Explain what this function does": ["It ", "keeps ", "an **item**", None],
@@ -34,14 +43,17 @@ SUITES = pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.1
 
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def starter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    yield from running(Neovim(tmp_path_factory.mktemp("neovim"), request.param))
+    with running(Neovim(tmp_path_factory.mktemp("neovim"), request.param)) as editor:
+        yield editor
 
 
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def scripted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    yield from running(Neovim(tmp_path_factory.mktemp("neovim"), request.param, {"cmd": SCRIPTED}))
+    with running(Neovim(tmp_path_factory.mktemp("neovim"), request.param, {"cmd": SCRIPTED})) as editor:
+        yield editor
 
 
+@contextlib.contextmanager
 def running(editor: Neovim) -> Iterator[Neovim]:
     try:
         editor.open("warm.py", INVENTORY)
@@ -87,7 +99,8 @@ def until_closed(neovim: Neovim) -> None:
 
 
 def chat(neovim: Neovim) -> str:
-    text: str = neovim.lua("return table.concat(vim.api.nvim_buf_get_lines(vim.fn.bufnr('deepseek://chat'), 0, -1, false), '\\n')")
+    """What stands in the chat; empty before there is one."""
+    text: str = neovim.lua("return table.concat(vim.fn.getbufline('deepseek://chat', 1, '$'), '\\n')")
     return text
 
 
@@ -191,15 +204,15 @@ def test_a_code_block_is_yanked_and_inserted(scripted: Neovim):
 
 
 def test_generated_tests_are_shown_before_the_file_is_made(scripted: Neovim):
-    file = scripted.folder / "test_inventory.py"
+    file = scripted.folder / "tests/test_inventory.py"
     at_add(scripted, "DeepseekTests")
-    shown = until_floating(scripted, "+++ test_inventory.py (new)")
+    shown = until_floating(scripted, "+++ tests/test_inventory.py (new)")
     assert "+    stock = Inventory()" in shown and not file.exists()
     scripted.terminal.press("q")
     until_closed(scripted)
     assert not file.exists()
     at_add(scripted, "DeepseekTests")
-    until_floating(scripted, "+++ test_inventory.py (new)")
+    until_floating(scripted, "+++ tests/test_inventory.py (new)")
     scripted.terminal.press(ENTER)
     scripted.until(file.exists)
     scripted.until(lambda: file.read_text("utf-8") == TESTS.removeprefix("```python\n").removesuffix("```"))
@@ -311,12 +324,14 @@ def test_an_action_by_its_name_in_the_chat_shows_its_change(scripted: Neovim):
 
 @SUITES
 def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_the_new_one(tmp_path: Path, suite: str):
-    for neovim in running(Neovim(tmp_path, suite, {"cmd": SCRIPTED})):
+    with running(Neovim(tmp_path, suite, {"cmd": SCRIPTED})) as neovim:
         at_add(neovim, "DeepseekChat Who are you?")
         until_chat(neovim, "A model.")
         neovim.terminal.press(f"Think{SEND}")
         until_chat(neovim, "I think")
-        (server,) = [child for child in psutil.Process(neovim.lua("return vim.uv.os_getpid()")).children() if "tests.scripted" in child.cmdline()]
+        (server,) = [
+            child for child in psutil.Process(neovim.lua("return vim.uv.os_getpid()")).children() if "tests.scripted" in child.cmdline()
+        ]
         server.kill()
         until_chat(neovim, "The server ended before it had answered")
         neovim.until_ready()
@@ -328,7 +343,7 @@ def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_t
 @SUITES
 def test_fill_writes_where_the_cursors_line_ends(tmp_path: Path, suite: str):
     command = [sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["return self.items[name]"]})]
-    for neovim in running(Neovim(tmp_path, suite, {"cmd": command})):
+    with running(Neovim(tmp_path, suite, {"cmd": command})) as neovim:
         neovim.open("hole.py", INVENTORY)
         neovim.until_attached()
         neovim.terminal.press(f"{ESCAPE}:24{ENTER}:DeepseekFill{ENTER}")

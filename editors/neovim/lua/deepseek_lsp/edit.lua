@@ -96,6 +96,9 @@ function M.make(edit, encoding)
     vim.bo[buffer].buflisted = true
     vim.lsp.util.apply_text_edits(file.edits, buffer, encoding)
     if file.is_new then
+      if vim.api.nvim_buf_get_lines(buffer, -2, -1, false)[1] == "" then
+        vim.api.nvim_buf_set_lines(buffer, -2, -1, false, {}) -- the line that an empty buffer has
+      end
       vim.api.nvim_buf_call(buffer, function()
         vim.cmd("silent write ++p")
       end)
