@@ -41,7 +41,8 @@ class Neovim:
         options_lua = f"[==[{json.dumps(options or {})}]==]"
         if setup is SETUP:
             setup = SETUP.format(plugin=json.dumps(str(PLUGIN)), options=options_lua)
-        init.write_text(INIT + before + setup)
+        parsers = f"vim.opt.runtimepath:append({json.dumps(str(root / 'usr/lib/nvim'))})\n"  # which the editor looks for in /usr/lib/nvim
+        init.write_text(INIT + parsers + before + setup)
         env = {
             "VIMRUNTIME": str(root / "usr/share/nvim/runtime"),
             "PATH": f"{install.SCRIPTS}:{os.environ['PATH']}",

@@ -135,7 +135,7 @@ def test_the_chat_asks_and_answers_and_the_server_remembers_the_turn_before(star
     at_add(starter, f"{ADD},{ADD + 1}DeepseekChat!")
     starter.terminal.shows("About inventory.py, lines 20 to 21")
     starter.terminal.press("What does this do?" + SEND)
-    until_chat(starter, "_About inventory.py, lines 20 to 21_\n\n### DeepSeek\n\n")
+    until_chat(starter, "> About inventory.py, lines 20 to 21\n\n### DeepSeek\n\n")
     starter.until_ready()
     first = cost_of_last(starter)
     starter.terminal.draw(pictures / "neovim-chat.svg", "Neovim")
@@ -170,7 +170,7 @@ def test_stop_leaves_what_was_written(scripted: Neovim):
     at_add(scripted, "DeepseekExplain")
     until_floating(scripted, "It keeps an **item**")
     scripted.terminal.press(f":DeepseekStop{ENTER}")
-    assert until_floating(scripted, "_Stopped._").startswith("It keeps an **item**")
+    assert until_floating(scripted, "> Stopped.").startswith("It keeps an **item**")
     scripted.until_ready()
     scripted.terminal.press(ESCAPE)
     until_closed(scripted)
@@ -292,10 +292,10 @@ def test_a_question_can_follow_an_explanation(scripted: Neovim):
     until_floating(scripted, "That is all.")
     scripted.terminal.shows("c asks on in the chat")
     scripted.terminal.press("c")
-    until_chat(scripted, "_Explain the selection_\n\nSo:\n\n```python")
+    until_chat(scripted, "> Explain the selection\n\nSo:\n\n```python")
     scripted.terminal.press("Who are you?" + SEND)
     text = until_chat(scripted, "### You\n\nWho are you?\n\n### DeepSeek\n\nA model.\n")
-    assert text.startswith("### DeepSeek\n\n_Explain the selection_")
+    assert text.startswith("### DeepSeek\n\n> Explain the selection")
 
 
 def test_a_stopped_answer_leaves_the_chat_ready_and_what_is_typed_meanwhile_stays(scripted: Neovim):
@@ -306,7 +306,7 @@ def test_a_stopped_answer_leaves_the_chat_ready_and_what_is_typed_meanwhile_stay
     scripted.terminal.press(ESCAPE)
     scripted.until(lambda: scripted.lua("return vim.fn.mode()") == "n")
     scripted.terminal.press(ESCAPE)
-    until_chat(scripted, "I think\n\n_Stopped")
+    until_chat(scripted, "I think\n\n> Stopped")
     scripted.terminal.press(SEND)
     until_chat(scripted, "A model.")
     scripted.until_ready()
@@ -337,7 +337,7 @@ def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_t
         neovim.until_ready()
         neovim.terminal.press(f"{ESCAPE}:%bdelete!{ENTER}")
         at_add(neovim, "DeepseekChat Who are you?")
-        until_chat(neovim, "does not know what was said above._\n\n### You\n\nWho are you?\n\n### DeepSeek\n\nA model.")
+        until_chat(neovim, "does not know what was said above.\n\n### You\n\nWho are you?\n\n### DeepSeek\n\nA model.")
 
 
 @SUITES

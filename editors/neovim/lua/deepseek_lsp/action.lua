@@ -53,7 +53,7 @@ end
 --- Words to be read stay in the window.
 local function keep(window, page, title, result, client)
   for _, note in ipairs(result.notes) do
-    page:append("\n\n_" .. note .. "_")
+    page:append("\n\n> " .. note)
   end
   if not result.conversation then
     return window:name(title, READING)
@@ -138,7 +138,7 @@ function M.run(name, place, instruction)
     window = window,
     stop = function()
       if stop() then
-        page:append("\n\n_Stopped._")
+        page:append("\n\n> Stopped.")
         window:name(title, READING)
       end
     end,

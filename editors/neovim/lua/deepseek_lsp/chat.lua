@@ -63,12 +63,12 @@ local function answered(client, start, problem, result)
   end
   if result.edit then
     action.offer(result.title, result.edit, client.offset_encoding)
-    page:write(start, "_" .. result.title .. ": a change, shown beside._")
+    page:write(start, "> " .. result.title .. ": a change, shown beside.")
   else
     page:write(start, result.text)
   end
   for _, note in ipairs(result.notes) do
-    page:append("\n\n_" .. note .. "_")
+    page:append("\n\n> " .. note)
   end
   page:append("\n\n")
 end
@@ -87,14 +87,14 @@ function M.send()
     return say(server.missing())
   end
   if talk and talk.client ~= client.id then
-    page:append("_The server was started anew and does not know what was said above._\n\n")
+    page:append("> The server was started anew and does not know what was said above.\n\n")
     talk = nil
   end
   local asked_about = about
   about = {}
   type_in("")
   head()
-  local subject = #asked_about > 0 and "\n\n_About " .. titles(asked_about) .. "_" or ""
+  local subject = #asked_about > 0 and "\n\n> About " .. titles(asked_about) or ""
   page:append(("### You\n\n%s%s\n\n### DeepSeek\n\n"):format(question, subject))
   local start = page:mark()
   local halt = stream.ask(client, buffer or 0, {
@@ -122,7 +122,7 @@ function M.send()
   stop = function()
     halt()
     stop = nil
-    page:append("\n\n_Stopped: this answer is not part of the conversation._\n\n")
+    page:append("\n\n> Stopped: this answer is not part of the conversation.\n\n")
   end
 end
 
@@ -219,7 +219,7 @@ function M.go_on(conversation, client, title, text)
   ready()
   M.begin()
   talk = { id = conversation, client = client.id }
-  page:append(("### DeepSeek\n\n_%s_\n\n%s\n\n"):format(title, text))
+  page:append(("### DeepSeek\n\n> %s\n\n%s\n\n"):format(title, text))
   shown()
   M.focus()
 end
