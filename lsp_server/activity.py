@@ -19,6 +19,7 @@ from lsp_server.errors import Refusal, Stale
 
 STREAM = "deepseek/stream"
 REPORT_EVERY_S = 0.25
+CREATED_WITHIN_S = 1.0
 MESSAGE_CHARS = 60
 Result = TypeVar("Result")
 
@@ -98,10 +99,11 @@ class Activity:
         window = self._server.client_capabilities.window
         if window and window.work_done_progress and not self._is_watched:
             token = str(uuid.uuid4())
-            try:
-                await self._server.work_done_progress.create_async(token)
-            except JsonRpcException:
-                return  # the client has no place for it now; the work goes on
+            created = asyncio.ensure_future(self._server.work_done_progress.create_async(token))
+            created.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+            await asyncio.wait({created}, timeout=CREATED_WITHIN_S)
+            if not created.done() or created.exception() is not None:
+                return  # the client has no place for it now, or answers nothing before it is answered, as Helix; the work goes on
             self._token = token
             self._server.work_done_progress.begin(token, types.WorkDoneProgressBegin(title=self._title, cancellable=True))
 

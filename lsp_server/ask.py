@@ -42,9 +42,10 @@ class Answer:
 
     def is_taken_by(self, changes: Sequence[types.TextDocumentContentChangeEvent]) -> bool:
         """Whether the changes are one insertion of all that is still to be written of the text, which nobody types in one go."""
-        if len(changes) != 1 or not isinstance(changes[0], types.TextDocumentContentChangePartial) or self.range is None:
+        change = changes[0] if len(changes) == 1 else None
+        if not isinstance(change, types.TextDocumentContentChangePartial) or self.range is None:
             return False
-        (change,), here = changes, self.range.start
+        here = self.range.start
         typed = change.range.start.character - here.character
         return change.range.start.line == here.line and typed >= 0 and len(change.text) > 1 and self.text[typed:] == change.text
 
