@@ -47,10 +47,11 @@ local function type_in(text)
   vim.api.nvim_buf_set_lines(input, 0, -1, false, vim.split(text, "\n"))
 end
 
---- A server of the file that the chat was opened from, or any.
+--- The server that knows the conversation while there is one, else that of the file the chat was opened from, else any.
 local function client_now()
   local buffer = source and vim.api.nvim_win_is_valid(source) and vim.api.nvim_win_get_buf(source)
-  return buffer and server.client(buffer) or server.client(), buffer
+  local known = talk and vim.lsp.get_client_by_id(talk.client)
+  return known or buffer and server.client(buffer) or server.client(), buffer
 end
 
 local function answered(client, start, problem, result)

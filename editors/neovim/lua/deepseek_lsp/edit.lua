@@ -2,6 +2,8 @@
 
 local M = {}
 
+local compared = vim.text and vim.text.diff or vim.diff -- renamed in 0.12
+
 ---@class deepseek_lsp.File what a change does to one file
 ---@field path string
 ---@field is_new boolean
@@ -60,7 +62,7 @@ function M.diff(edit, encoding)
     vim.api.nvim_buf_delete(scratch, { force = true })
     local path = vim.fn.fnamemodify(file.path, ":.")
     local heads = file.is_new and { "--- /dev/null", "+++ " .. path .. " (new)" } or { "--- " .. path, "+++ " .. path }
-    table.insert(parts, table.concat(heads, "\n") .. "\n" .. vim.diff(before, after, { ctxlen = 3 }))
+    table.insert(parts, table.concat(heads, "\n") .. "\n" .. compared(before, after, { ctxlen = 3 }))
   end
   return vim.trim(table.concat(parts, "\n"))
 end
