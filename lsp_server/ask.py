@@ -5,6 +5,7 @@ Owns: whether to ask at all, from memory or the model, the deadline, when to sto
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lsprotocol import types
@@ -38,6 +39,15 @@ class Answer:
     """The document once the text is accepted."""
     reason: str = ""
     cost: Cost | None = None
+
+    def is_taken_by(self, changes: Sequence[types.TextDocumentContentChangeEvent]) -> bool:
+        """Whether the changes are one insertion of all that is still to be written of the text, which nobody types in one go."""
+        change = changes[0] if len(changes) == 1 else None
+        if not isinstance(change, types.TextDocumentContentChangePartial) or self.range is None:
+            return False
+        here = self.range.start
+        typed = change.range.start.character - here.character
+        return change.range.start.line == here.line and typed >= 0 and len(change.text) > 1 and self.text[typed:] == change.text
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,8 @@ class Connection(LanguageServer):
         self.last: Answer = Answer(reason="Nothing was asked for yet.")
         self.last_action: LastAction | None = None
         self.asked = self.shown = self.accepted = 0
+        self.written = 0
+        """Suggestions that were found written: what is known of clients that never run an item's command, such as LSP4IJ."""
         self.memory = Memory()
         self.actions, wrong = library.load(user_file().parent / "actions")
         self.problems += wrong

@@ -1,7 +1,7 @@
 """An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
 
 `python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
-cancellation, as a model that thinks forever would.
+cancellation, as a model that thinks forever would. With `answers`, from words to pieces, the words of the question choose.
 """
 
 import asyncio
@@ -9,12 +9,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lsp_server.host import Host
 from lsp_server.server import create_server
 from lsp_server.settings import user_settings
-from model_host.generation import Cost, Facts, Finish, Generation, Request
+from model_host.generation import Chat, Cost, Facts, Finish, Generation, Request
 
 FACTS = Facts(checkpoint="scripted", device="cpu", dtype="float32", parameters=0, weight_bytes=0, context_tokens=16_384, load_s=0.0)
 
@@ -75,9 +75,23 @@ class AnsweringEngine(ScriptedEngine):
         return super().submit(request)
 
 
+class PromptedEngine(ScriptedEngine):
+    """What it says depends on words that the question contains, or else one before it."""
+
+    def __init__(self, answers: Mapping[str, Sequence[str | None]], step_s: float = 0.0) -> None:
+        super().__init__([], step_s)
+        self._answers = answers
+
+    def submit(self, request: Request) -> Generation:
+        messages = reversed(request.prompt.messages) if isinstance(request.prompt, Chat) else ()
+        found = (pieces for message in messages for words, pieces in self._answers.items() if words in message.content)
+        self._pieces = next(found, [])
+        return super().submit(request)
+
+
 def main() -> None:
     script = json.loads(sys.argv[1])
-    engine = ScriptedEngine(**script)
+    engine = PromptedEngine(**script) if "answers" in script else ScriptedEngine(**script)
     wire = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = create_server(*user_settings(), Host(engine=engine, state="ready", message="scripted"))

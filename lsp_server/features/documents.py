@@ -12,6 +12,7 @@ def register(server: Connection) -> None:
 
     @server.feature(types.TEXT_DOCUMENT_DID_CHANGE)
     async def changed(params: types.DidChangeTextDocumentParams) -> None:
+        server.written += server.last.is_taken_by(params.content_changes)
         server.session.change(params)
 
     @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)

@@ -26,7 +26,7 @@ def register(server: Connection) -> None:
             else None,
             "settings": server.settings.model_dump(),
             "problems": server.problems,
-            "requests": {"asked": server.asked, "shown": server.shown, "accepted": server.accepted},
+            "requests": {"asked": server.asked, "shown": server.shown, "accepted": max(server.accepted, server.written)},
             "action": asdict(server.last_action) if server.last_action else None,
             "last": {"shown": bool(last.text), "reason": last.reason, "cost": cost},
         }

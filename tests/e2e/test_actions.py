@@ -267,6 +267,21 @@ async def test_our_own_clients_get_the_words_as_they_come(fixing: Editor):
     assert {part["title"] for part in fixing.stream} == {"Explain add"} and not fixing.client.shown_documents
 
 
+async def test_a_client_that_answers_nothing_while_it_waits_gets_its_answer_all_the_same(fixing: Editor):
+    """Helix blocks until codeAction/resolve is answered: who waited for its answer about the progress bar would wait for ever."""
+    await begin(fixing, able())
+    answered = asyncio.Event()
+
+    async def when_answered(params: types.WorkDoneProgressCreateParams) -> None:
+        await answered.wait()
+
+    fixing.client.protocol.fm.features[types.WINDOW_WORK_DONE_PROGRESS_CREATE] = when_answered
+    async with asyncio.timeout(20):
+        answer = await run(fixing, (await listed(fixing))["Explain add"].command)
+    assert answer["text"]
+    answered.set()
+
+
 async def test_the_cancel_button_stops_the_model_and_changes_nothing(thinking: Editor):
     await begin(thinking, able())
     action = (await listed(thinking))["Document add"]

@@ -45,6 +45,19 @@ async def test_ghost_text_has_a_range_on_the_cursors_line_and_a_command_that_cou
     assert (await speaking.status())["requests"] == {"asked": 1, "shown": 1, "accepted": 1}
 
 
+async def test_a_suggestion_that_is_found_written_counts_as_accepted_where_no_command_is_run_and_never_twice(speaking: Editor):
+    await speaking.start()
+    speaking.open("class A:\n    def f(self):\n        ")
+    await speaking.ghost(2, 8)
+    speaking.type(2, 8, "r")
+    speaking.type(2, 9, "x")
+    assert (await speaking.status())["requests"]["accepted"] == 0
+    speaking.type(2, 9, "eturn self.name")
+    assert (await speaking.status())["requests"]["accepted"] == 1
+    await speaking.client.workspace_execute_command_async(types.ExecuteCommandParams("deepseek-lsp.accepted", [15]))
+    assert (await speaking.status())["requests"]["accepted"] == 1
+
+
 async def test_typing_what_is_suggested_shows_the_rest_of_it_at_once(speaking: Editor):
     await speaking.start()
     speaking.open("class A:\n    def f(self):\n        ")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,14 +21,27 @@ LIBRARIES = "usr/lib/x86_64-linux-gnu"
 DONE = ".done"
 
 
+class Unfetched(Exception):
+    """An editor that the tests drive could not be had; the message says what to do."""
+
+
 def once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache, made by `make` where it is not there, or was not finished."""
+    """A folder of the cache, made by `make` where it is not there, or was not finished. Raises Unfetched."""
     folder = CACHE / name
     if not (folder / DONE).exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         sys.stderr.write(f"installing {name} into {folder}\n")
-        make(folder)
+        began = time.monotonic()
+        try:
+            make(folder)
+        except (RuntimeError, OSError) as error:
+            raise Unfetched(
+                f"{name} could not be installed into {folder}, so its tests cannot run. Debian's mirror ({MIRROR}), npm's registry, apt-get"
+                " and a C++ compiler are needed, once; then run `make test-editors` again. `make test` needs none of them. What went"
+                f" wrong:\n{error}"
+            ) from error
+        sys.stderr.write(f"installed {name} in {time.monotonic() - began:.0f} s\n")
         (folder / DONE).touch()
     return folder
 
@@ -58,7 +72,7 @@ def debian(suite: str, packages: tuple[str, ...], folder: Path, dependencies: bo
         "APT::Architecture": "amd64",
     }
     apt_get = ("apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items()))
-    run(*apt_get, "update")
+    run(*apt_get, "-oAPT::Update::Error-Mode=any", "update")
     if dependencies:
         run(*apt_get, "install", "--yes", "--no-install-recommends", "--download-only", *packages)
     else:
@@ -134,10 +148,15 @@ def chromium() -> Path:
 
 @functools.cache
 def extension() -> Path:
-    """The packaged VS Code extension, made as its README says."""
+    """The packaged VS Code extension, made as its README says. Raises Unfetched."""
     folder = Path(__file__).parents[2] / "editors/vscode"
-    run("npm", "ci", cwd=folder, env=NODE)
-    run("npm", "run", "package", cwd=folder, env=NODE)
+    try:
+        run("npm", "ci", cwd=folder, env=NODE)
+        run("npm", "run", "package", cwd=folder, env=NODE)
+    except RuntimeError as error:
+        raise Unfetched(
+            f"The VS Code extension could not be built in {folder}: npm's registry is needed. What went wrong:\n{error}"
+        ) from error
     return folder / "deepseek-lsp.vsix"
 
 
@@ -178,4 +197,7 @@ def everything() -> None:
 
 
 if __name__ == "__main__":
-    everything()
+    try:
+        everything()
+    except Unfetched as reason:
+        sys.exit(str(reason))

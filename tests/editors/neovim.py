@@ -15,24 +15,34 @@ from tests.editors.terminal import LIMIT_S, Terminal
 REPOSITORY = Path(__file__).parents[2]
 PLUGIN = REPOSITORY / "editors/neovim"
 INIT = """
-vim.opt.runtimepath:prepend({plugin})
 vim.o.swapfile, vim.o.shada, vim.o.laststatus, vim.o.more, vim.o.cmdheight = false, "", 2, false, 3
-vim.o.statusline = "%t %m %= %{{%v:lua.require'deepseek_lsp'.statusline()%}} "
-{before}
+vim.o.statusline = "%t %m %= %{%v:lua.state()%} "
+function _G.state() -- plugin managers may load the plugin later
+  local is_there, plugin = pcall(require, "deepseek_lsp")
+  return is_there and plugin.statusline() or ""
+end
+"""
+SETUP = """
+vim.opt.runtimepath:prepend({plugin})
 require("deepseek_lsp").setup(vim.json.decode({options}))
 """
 TAB, ESCAPE, ENTER = "\t", "\x1b", "\r"
 
 
 class Neovim:
-    def __init__(self, folder: Path, suite: str = "forky", options: dict[str, Any] | None = None, before: str = "") -> None:
-        """An editor in `folder`, which gets an init.lua, a socket and a home."""
+    def __init__(
+        self, folder: Path, suite: str = "forky", options: dict[str, Any] | None = None, before: str = "", setup: str = SETUP
+    ) -> None:
+        """An editor in `folder`, which gets an init.lua (with `before`, then `setup`), a socket and a home."""
         root = install.neovim(suite)
         self.folder = folder
         (folder / ".git").mkdir()
         init, socket = folder / "init.lua", folder / "socket"
         options_lua = f"[==[{json.dumps(options or {})}]==]"
-        init.write_text(INIT.format(plugin=json.dumps(str(PLUGIN)), options=options_lua, before=before))
+        if setup is SETUP:
+            setup = SETUP.format(plugin=json.dumps(str(PLUGIN)), options=options_lua)
+        parsers = f"vim.opt.runtimepath:append({json.dumps(str(root / 'usr/lib/nvim'))})\n"  # which the editor looks for in /usr/lib/nvim
+        init.write_text(INIT + parsers + before + setup)
         env = {
             "VIMRUNTIME": str(root / "usr/share/nvim/runtime"),
             "PATH": f"{install.SCRIPTS}:{os.environ['PATH']}",
@@ -61,7 +71,7 @@ class Neovim:
         file = self.folder / name
         file.write_text(text)
         self.terminal.press(f"{ESCAPE}:edit! {file}{ENTER}")
-        self.until(lambda: self._nvim.current.buffer.name == str(file))
+        self.until(lambda: self.lua("return vim.api.nvim_buf_get_name(0)") == str(file))
         self.lua("vim.cmd('echo')")
 
     def until_ready(self) -> None:

@@ -14,6 +14,8 @@ from tests.editors.terminal import Terminal
 REPOSITORY = Path(__file__).parents[2]
 PATH = f"{install.SCRIPTS}:{os.environ['PATH']}"
 ACCEPTED = re.compile(r"^ *(24 )? *return self\.items\[name\]$", re.MULTILINE)
+DOCUMENTED = re.compile(r"def add\(self, item: Item\) -> None:\n[ \d●┃│~]*\"\"\"")
+MENU = re.compile(r" (Make the|Simplify the|Review the|Explain|Document|Write tests|Complete)[ \w]+ ")
 INIT = """
 (dolist (folder (file-expand-wildcards "{packages}/*")) (add-to-list 'load-path folder))
 (add-to-list 'load-path "{client}")
@@ -48,7 +50,7 @@ def emacs(project: Path, tmp_path: Path) -> Iterator[Terminal]:
         editor.close()
 
 
-def test_emacs_shows_ghost_text_tab_takes_it_and_the_status_counts_it(emacs: Terminal, pictures: Path):
+def test_emacs_shows_ghost_text_that_tab_takes_and_makes_the_change_of_a_code_action(emacs: Terminal, pictures: Path):
     emacs.shows("class Inventory")
     status = "\x1bxdeepseek-lsp-status\r"
     emacs.until(lambda screen: emacs.press(status) is None and "deepseek-lsp is ready" in screen)
@@ -59,24 +61,41 @@ def test_emacs_shows_ghost_text_tab_takes_it_and_the_status_counts_it(emacs: Ter
     emacs.press("\x18\x13")
     emacs.shows("Wrote")
     assert ACCEPTED.search(emacs.text)
+    emacs.press("\x1bgg20\r\x1bxlsp-execute-code-action\r")
+    emacs.shows("Select code action")
+    emacs.press("Document add\r")
+    emacs.until(lambda screen: bool(DOCUMENTED.search(screen)))
 
 
-def test_helix_has_the_suggestion_in_its_menu(project: Path, tmp_path: Path):
+@pytest.fixture
+def helix(project: Path, tmp_path: Path) -> Iterator[Terminal]:
     config = tmp_path / "home/.config/helix"
     config.mkdir(parents=True)
     (config / "languages.toml").write_text(configuration())
     (config / "config.toml").write_text("[editor.lsp]\ndisplay-progress-messages = true\n")
     root = install.helix()
     env = {"PATH": PATH, "HOME": str(tmp_path / "home"), "HELIX_RUNTIME": str(root / "usr/lib/hx/runtime")}
-    helix = Terminal(str(root / "usr/lib/hx/hx"), "inventory.py:24", cwd=project, env=env)
+    editor = Terminal(str(root / "usr/lib/hx/hx"), "inventory.py:24", cwd=project, env=env)
     try:
-        helix.shows("loaded in")
-        helix.press("Ar\x18")
-        helix.until(lambda screen: screen.count("return self.items[name]") > 0)
-        helix.press("\x0e\r")
-        helix.until(lambda screen: bool(ACCEPTED.search(screen)))
+        editor.shows("loaded in")
+        yield editor
     finally:
-        helix.close()
+        editor.close()
+
+
+def test_helix_has_the_suggestion_in_its_menu(helix: Terminal):
+    helix.press("Ar\x18")
+    helix.until(lambda screen: screen.count("return self.items[name]") > 0)
+    helix.press("\x0e\r")
+    helix.until(lambda screen: bool(ACCEPTED.search(screen)))
+
+
+def test_helix_makes_the_change_of_a_code_action(helix: Terminal):
+    helix.press("20G a")
+    menu = [line for line in helix.shows("Document add").splitlines() if MENU.search(line)]
+    down = next(row for row, line in enumerate(menu) if "Document add" in line)
+    helix.press("\x0e" * (down + 1) + "\r")
+    helix.until(lambda screen: bool(DOCUMENTED.search(screen)))
 
 
 def configuration() -> str:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import jsonschema
 import pytest
@@ -31,7 +32,24 @@ SYSTEMS = {"default", "windows", "mac", "unix"}
 CAPABILITIES = {
     "general": {"positionEncodings": ["utf-16"]},
     "textDocument": {
-        "codeAction": {"dataSupport": True, "dynamicRegistration": True, "resolveSupport": {"properties": ["edit"]}},
+        "codeAction": {
+            "codeActionLiteralSupport": {
+                "codeActionKind": {
+                    "valueSet": [
+                        "quickfix",
+                        "refactor",
+                        "refactor.extract",
+                        "refactor.inline",
+                        "refactor.rewrite",
+                        "source",
+                        "source.organizeImports",
+                    ]
+                }
+            },
+            "dataSupport": True,
+            "dynamicRegistration": True,
+            "resolveSupport": {"properties": ["edit"]},
+        },
         "completion": {"completionItem": {"snippetSupport": True}, "dynamicRegistration": True},
         "inlineCompletion": {"dynamicRegistration": True},
         "synchronization": {"didSave": True, "willSave": True, "willSaveWaitUntil": True},
@@ -42,6 +60,7 @@ CAPABILITIES = {
         "configuration": True,
         "didChangeConfiguration": {"dynamicRegistration": True},
         "executeCommand": {"dynamicRegistration": True},
+        "workspaceEdit": {"documentChanges": True, "resourceOperations": ["create", "delete", "rename"]},
         "workspaceFolders": True,
     },
 }
@@ -79,6 +98,10 @@ def test_the_settings_and_those_of_the_readme_fit_their_schema():
         jsonschema.validate({f"{SECTION}.model": "theirs"}, schema)
 
 
+ANSWERS = {"workspace/applyEdit": {"applied": True}, "window/showDocument": {"success": True}}
+IN_ADD = {"start": {"line": 19, "character": 8}, "end": {"line": 19, "character": 8}}
+
+
 class Ide:
     """The wire as LSP4IJ uses it: ids are strings, the server's requests are answered, every completion is called automatic."""
 
@@ -89,6 +112,8 @@ class Ide:
         self.progress: list[str] = []
         self.refusals: list[str] = []
         self.settings: Any = {}
+        self.asked_of: dict[str, Any] = {}
+        """The server's own requests: the parameters of the last one of each method."""
 
     async def send(self, **message: Any) -> None:
         body = json.dumps({"jsonrpc": "2.0", **message}).encode()
@@ -111,8 +136,8 @@ class Ide:
         elif method == "window/showMessage":
             self.refusals.append(params["message"])
         elif method and "id" in message:
-            result = [self.settings] if method == "workspace/configuration" else None
-            await self.send(id=message["id"], result=result)
+            self.asked_of[method] = params
+            await self.send(id=message["id"], result=ANSWERS.get(method, [self.settings] if method == "workspace/configuration" else None))
 
     async def ask(self, method: str, params: Any) -> Any:
         self._id += 1
@@ -142,6 +167,11 @@ class Ide:
         async with asyncio.timeout(60):
             while "end" not in self.progress:
                 await self.receive()
+
+    async def actions(self) -> dict[str, Any]:
+        """The menu of intentions in `add`, by title."""
+        params = {"textDocument": {"uri": URI}, "range": IN_ADD, "context": {"diagnostics": []}}
+        return {action["title"]: action for action in await self.ask("textDocument/codeAction", params)}
 
     async def grey_text(self, line: int, character: int) -> str:
         """What LSP4IJ would draw: the item's text without what its range says is typed already."""
@@ -180,8 +210,37 @@ async def test_the_templates_command_starts_a_server_that_completes_as_lsp4ij_as
     assert "inlineCompletionProvider" in capabilities and capabilities["positionEncoding"] == "utf-16"
     await ide.until_loaded()
     assert (await ide.grey_text(23, 8)).startswith("return self.items[name]")
+    here = {"line": 23, "character": 8}
+    change = {"range": {"start": here, "end": here}, "text": await ide.grey_text(23, 8)}
+    document = {"uri": URI, "version": 1}
+    await ide.send(method="textDocument/didChange", params={"textDocument": document, "contentChanges": [change]})
+    assert (await ide.ask("deepseek/status", None))["requests"]["accepted"] == 1  # though the item's command is never run
     await ide.ask("shutdown", None)
     await ide.send(method="exit")
+
+
+async def test_an_intention_that_changes_code_is_resolved_into_an_edit_of_this_version(ide: Ide):
+    await ide.start()
+    await ide.until_loaded()
+    action = (await ide.actions())["Document add"]
+    assert "edit" not in action and "command" not in action, "LSP4IJ resolves what has neither"
+    edit = (await ide.ask("codeAction/resolve", action))["edit"]
+    (document,) = edit["documentChanges"]
+    (change,) = document["edits"]
+    assert (
+        document["textDocument"] == {"uri": URI, "version": 0}
+        and change["range"]["start"] == {"line": 20, "character": 0}
+        and change["newText"].strip().startswith('"""')
+    )
+
+
+async def test_an_intention_that_explains_opens_its_words_as_a_file(ide: Ide):
+    await ide.start()
+    await ide.until_loaded()
+    command = (await ide.actions())["Explain add"]["command"]
+    await ide.ask("workspace/executeCommand", {"command": command["command"], "arguments": command["arguments"]})
+    shown = ide.asked_of["window/showDocument"]
+    assert Path(unquote(urlsplit(shown["uri"]).path)).read_text("utf-8").startswith("# Explain add\n\n")
 
 
 async def test_settings_written_in_the_ide_reach_the_server_and_a_model_named_there_is_refused(ide: Ide):

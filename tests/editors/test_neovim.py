@@ -1,6 +1,7 @@
 """The plugin in Neovim 0.12, whose ghost text is its own, and 0.10, where the plugin draws it; with the real server and the starter."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,15 @@ HOLE = 23
 WORD, LINE = f"{ESCAPE}w", f"{ESCAPE}l"
 
 
+RECORDED = """
+_G.states = {}
+vim.api.nvim_create_autocmd("LspProgress", { callback = vim.schedule_wrap(function() table.insert(_G.states, _G.state()) end) })
+"""
+
+
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def neovim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    editor = Neovim(tmp_path_factory.mktemp("neovim"), request.param)
+    editor = Neovim(tmp_path_factory.mktemp("neovim"), request.param, before=RECORDED)
     try:
         editor.open("warm.py", INVENTORY)
         editor.until_ready()
@@ -46,6 +53,12 @@ def test_what_is_typed_brings_ghost_text_on_the_screen_and_tab_takes_it(neovim: 
     neovim.terminal.draw(pictures / "neovim.svg", "Neovim")
     neovim.terminal.press(TAB)
     neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "r" + ghost.split("\n")[0])
+
+
+def test_the_statusline_says_how_much_is_loaded(neovim: Neovim):
+    states = neovim.lua("return _G.states")
+    shares = [int(state.removeprefix("deepseek ").removesuffix("%%")) for state in states if state.endswith("%%")]
+    assert shares and shares == sorted(shares), states
 
 
 def test_an_accepted_suggestion_is_counted_by_the_server(neovim: Neovim):
@@ -204,27 +217,62 @@ def test_settings_reach_the_server_and_a_key_that_was_mapped_keeps_its_meaning(t
         editor.close()
 
 
-def test_vim_pack_installs_the_plugin_from_a_clone(tmp_path: Path):
-    """As the README says it: the repository is the package, its editors/neovim folder goes into the runtimepath."""
-    origin = tmp_path / "origin"
-    shutil.copytree(PLUGIN, origin / "editors/neovim")
+def readme(manager: str) -> str:
+    """What the README says is to be written for a plugin manager."""
+    words = (PLUGIN / "README.md").read_text("utf-8")
+    return words.split(f"```lua\n-- {manager}")[1].split("\n", 1)[1].split("```")[0]
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    """A repository with the plugin where this one has it."""
+    folder = tmp_path / "origin"
+    shutil.copytree(PLUGIN, folder / "editors/neovim", ignore=shutil.ignore_patterns("tags"))
     for command in ("init --quiet", "add .", "-c user.name=me -c user.email=me@localhost commit --quiet --message=plugin"):
-        subprocess.run(["git", "-C", str(origin), *command.split()], check=True)
-    before = f"""
-        vim.pack.add({{ {{ src = "file://{origin}", name = "deepseek-lsp" }} }}, {{ confirm = false }})
-        vim.opt.runtimepath:remove({str(PLUGIN)!r})
-        vim.opt.runtimepath:append(vim.pack.get({{ "deepseek-lsp" }})[1].path .. "/editors/neovim")
-    """
-    editor = Neovim(tmp_path, before=before)
+        subprocess.run(["git", "-C", str(folder), *command.split()], check=True)
+    return folder
+
+
+def everything_is_there(folder: Path, suite: str, setup: str) -> None:
+    editor = Neovim(folder, suite, setup=setup)
     try:
+        editor.until(lambda: editor.lua("return vim.fn.exists(':DeepseekChat')") == 2)
         editor.open("warm.py", INVENTORY)
         editor.until_ready()
         start_typing(editor, "a.py")
-        assert editor.lua("return require('deepseek_lsp') ~= nil")
         sources = editor.lua("return vim.api.nvim_get_runtime_file('lua/deepseek_lsp/init.lua', true)")
         assert len(sources) == 1 and str(PLUGIN) not in sources[0]
+        editor.terminal.press(f"{ESCAPE}:help :DeepseekChat{ENTER}")
+        editor.terminal.shows("deepseek-lsp.txt")
     finally:
         editor.close()
+
+
+def test_vim_pack_installs_the_plugin_as_the_readme_says(tmp_path: Path, origin: Path):
+    setup = (
+        readme("vim.pack")
+        .replace("https://HOST/OWNER/deepseek-lsp", f"file://{origin}")
+        .replace('src = "', 'name = "deepseek-lsp", src = "')
+    )
+    everything_is_there(tmp_path, "forky", setup.replace("} })", "} }, { confirm = false })", 1))
+
+
+@pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.10"])
+def test_the_readmes_lines_for_lazy_nvim_work_as_it_runs_them(tmp_path: Path, origin: Path, suite: str):
+    """After Neovim's start, with the loading of plugins left to it, the clone in the runtimepath. lazy.nvim itself could not be had."""
+    clone = tmp_path / "data/lazy/deepseek-lsp"
+    subprocess.run(["git", "clone", "--quiet", f"file://{origin}", str(clone)], check=True)
+    setup = f"""
+        vim.go.loadplugins = false
+        local spec = {readme("lazy.nvim")}
+        vim.api.nvim_create_autocmd("VimEnter", {{
+          callback = vim.schedule_wrap(function()
+            vim.opt.runtimepath:prepend("{clone}")
+            spec.config({{ name = "deepseek-lsp", dir = "{clone}" }})
+          end),
+        }})
+    """
+    everything_is_there(tmp_path, suite, setup)
 
 
 def test_help_has_every_command_and_option(tmp_path: Path):
@@ -238,9 +286,7 @@ def test_help_has_every_command_and_option(tmp_path: Path):
     )  # fmt: skip
     assert str(PLUGIN / "doc/deepseek-lsp.txt") in tags.stderr + tags.stdout
     words = (PLUGIN / "doc/deepseek-lsp.txt").read_text("utf-8")
-    commands = [
-        line.split('"')[1] for line in (PLUGIN / "plugin/deepseek_lsp.lua").read_text("utf-8").splitlines() if line.startswith("comm")
-    ]
-    assert len(commands) >= 4
+    commands = re.findall(r'^  \{ "(Deepseek\w+)"', (PLUGIN / "lua/deepseek_lsp/commands.lua").read_text("utf-8"), re.MULTILINE)
+    assert len(commands) >= 12
     for name in [*(f"*:{command}*" for command in commands), "accept_word", "root_markers", "settings", "filetypes", "cmd"]:
         assert name in words

@@ -13,6 +13,30 @@ local function neovim(health)
   end
 end
 
+--- What the windows of explain and chat need.
+local function windows(health)
+  if pcall(vim.treesitter.get_string_parser, "", "markdown") then
+    health.ok("Explanations and the chat are shown as Markdown")
+  else
+    health.warn("Neovim has no parser for Markdown: explanations and the chat are shown without colours", {
+      "It comes with Neovim's own builds; some distributions package it apart.",
+    })
+  end
+end
+
+--- Who answers commands such as :DeepseekExplain, and :DeepseekChat.
+local function answers(health, status)
+  if not status.settings.actions.enabled then
+    health.warn("Actions and the chat are switched off", { "actions.enabled is false in the settings." })
+  elseif status.settings.chat_model ~= "" then
+    health.ok("Actions and the chat are answered by " .. status.settings.chat_model)
+  elseif type(status.model) == "table" and type(status.model.without_chat) == "string" then
+    health.info("Actions and the chat: " .. status.model.without_chat)
+  else
+    health.ok("Actions and the chat are answered by the model that completes")
+  end
+end
+
 local function command(health, cmd)
   if vim.fn.executable(cmd[1]) == 0 then
     health.error(cmd[1] .. " is not found", {
@@ -49,6 +73,7 @@ local function running(health)
   local say = { ready = health.ok, failed = health.error }
   local tell = say[status.state] or health.info
   tell(("The server is %s. %s"):format(status.state, status.message))
+  answers(health, status)
   for _, found in ipairs(status.problems) do
     health.warn(found)
   end
@@ -60,6 +85,7 @@ end
 function M.check()
   vim.health.start("deepseek-lsp")
   neovim(vim.health)
+  windows(vim.health)
   local cmd = server.command()
   if not cmd then
     vim.health.warn("require('deepseek_lsp').setup() was not called", { "See :help deepseek-lsp-setup" })

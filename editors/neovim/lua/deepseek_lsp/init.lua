@@ -25,9 +25,19 @@ local function ghost()
   return require(vim.lsp.inline_completion and "deepseek_lsp.native" or "deepseek_lsp.ghost")
 end
 
+--- Plugin managers make tags for the help in the repository's own `doc`, and ours lies deeper.
+local function tag_help()
+  local doc = vim.api.nvim_get_runtime_file("doc/deepseek-lsp.txt", false)[1]
+  if doc and vim.fn.getftime(vim.fs.dirname(doc) .. "/tags") < vim.fn.getftime(doc) then
+    pcall(vim.cmd.helptags, vim.fs.dirname(doc)) -- where we may not write there is no help
+  end
+end
+
 ---@param options? table changes to the defaults
 function M.setup(options)
   options = vim.tbl_deep_extend("force", defaults, options or {})
+  tag_help()
+  require("deepseek_lsp.commands").define()
   state.watch()
   server.start(options)
   M.enable(true)

@@ -14,9 +14,14 @@ local config
 --- Neovim's config of the server.
 local function config_of(options)
   local capabilities = vim.lsp.protocol.make_client_capabilities()
-  if not vim.lsp.inline_completion then
-    capabilities.textDocument.inlineCompletion = { dynamicRegistration = false }
-    capabilities.general.positionEncodings = { "utf-8" } -- characters are bytes then, as in Neovim
+  capabilities.general.positionEncodings = { "utf-8" } -- characters are bytes then, as in Neovim
+  capabilities.textDocument.inlineCompletion = { dynamicRegistration = false }
+  capabilities.textDocument.codeAction.resolveSupport = { properties = { "command" } } -- changes come by `action`, which shows them first
+  capabilities.workspace.workspaceEdit.documentChanges = true
+  capabilities.workspace.workspaceEdit.changeAnnotationSupport = { groupsOnLabel = true }
+  capabilities.experimental = { deepseekLsp = { stream = true, input = true } }
+  local function chosen(...)
+    require("deepseek_lsp.action").chosen(...)
   end
   return {
     name = M.name,
@@ -24,13 +29,20 @@ local function config_of(options)
     filetypes = options.filetypes,
     root_markers = options.root_markers,
     capabilities = capabilities,
+    commands = { ["deepseek-lsp.run"] = chosen, ["deepseek-lsp.input"] = chosen },
+    handlers = {
+      ["deepseek/stream"] = function(...)
+        require("deepseek_lsp.stream").heard(...)
+      end,
+    },
     init_options = vim.tbl_isempty(options.settings) and vim.empty_dict() or options.settings,
     get_language_id = function(_, filetype)
       return LANGUAGES[filetype] or filetype
     end,
-    on_exit = function(code, signal)
+    on_exit = function(code, signal, client_id)
       vim.schedule(function() -- Neovim 0.10 forgets the client in what it schedules after this, so we come after that
         vim.schedule(function()
+          require("deepseek_lsp.stream").lost(client_id)
           M.ended(code, signal)
         end)
       end)
@@ -88,20 +100,64 @@ function M.command()
   return config and config.cmd
 end
 
+--- The server of a buffer; without one, any.
+---@param buffer? integer
 ---@return vim.lsp.Client?
-function M.client()
-  return vim.lsp.get_clients({ name = M.name })[1]
+function M.client(buffer)
+  return vim.lsp.get_clients({ name = M.name, bufnr = buffer })[1]
 end
 
---- Calls `method` of the server; `heard(error, result)` is called on Neovim's loop.
+--- Why a buffer has none, and what to do.
+function M.missing()
+  local why = M.client() and "Its filetype is not one of those given to setup()." or state.detail()
+  return ("No server is attached to this buffer. %s :checkhealth deepseek_lsp says more."):format(why)
+end
+
+local METHODS = vim.fn.has("nvim-0.11") == 1 -- before, what a client offers were functions without self
+
+--- Calls `method` of a server, which knows the buffer as it is now; `heard(error, result)` is called on Neovim's loop.
+---@return integer? request which `cancel` takes
+function M.call(client, method, params, heard, buffer)
+  local sent, request
+  if METHODS then
+    sent, request = client:request(method, params, heard, buffer)
+  else
+    sent, request = client.request(method, params, heard, buffer)
+  end
+  if not sent then
+    vim.schedule(function()
+      heard({ message = "The server is gone: " .. state.detail() })
+    end)
+  end
+  return request
+end
+
+--- The answer at once, or nil where it does not come within `limit_ms`.
+function M.call_now(client, method, params, limit_ms, buffer)
+  local found
+  if METHODS then
+    found = client:request_sync(method, params, limit_ms, buffer)
+  else
+    found = client.request_sync(method, params, limit_ms, buffer)
+  end
+  return found and found.result
+end
+
+function M.cancel(client, request)
+  if request and METHODS then
+    client:cancel_request(request)
+  elseif request then
+    client.cancel_request(request)
+  end
+end
+
+--- Calls `method` of any server; `heard(error, result)` is called on Neovim's loop.
 function M.request(method, params, heard)
   local client = M.client()
-  if not client then
-    heard({ message = state.detail() }, nil)
-  elseif vim.fn.has("nvim-0.11") == 1 then
-    client:request(method, params, heard)
+  if client then
+    M.call(client, method, params, heard)
   else
-    client.request(method, params, heard)
+    heard({ message = state.detail() }, nil)
   end
 end
 

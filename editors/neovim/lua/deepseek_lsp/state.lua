@@ -5,7 +5,8 @@ local M = { enabled = false }
 local now = { kind = "off", detail = "No buffer with a server yet." }
 local percent = 0
 local servers = 0 -- so many were there; what one that is gone still says does not count
-local asking = {} -- the requests for ghost text that are not answered yet, by client and id
+local asking = {} -- what the server was asked for and has not answered yet, by client and id
+local working = {} -- what it does without saying how far it is, such as an answer, by token
 
 local function redraw()
   vim.cmd("redrawstatus!")
@@ -23,7 +24,7 @@ end
 
 --- The server that was there is gone.
 local function gone()
-  servers, percent, asking = servers + 1, 0, {}
+  servers, percent, asking, working = servers + 1, 0, {}, {}
 end
 
 function M.failed(why)
@@ -46,7 +47,7 @@ function M.kind()
   if not M.enabled and now.kind == "ready" then
     return "off"
   end
-  return now.kind == "ready" and next(asking) and "busy" or now.kind
+  return now.kind == "ready" and (next(asking) or next(working)) and "busy" or now.kind
 end
 
 function M.detail()
@@ -75,6 +76,8 @@ function M.refresh()
   end)
 end
 
+local ASKED = { ["textDocument/inlineCompletion"] = true, ["deepseek/chat"] = true, ["workspace/executeCommand"] = true }
+
 --- Follows the server by what it and Neovim say about it.
 function M.watch()
   local name = require("deepseek_lsp.server").name
@@ -92,16 +95,20 @@ function M.watch()
   end
   on("LspAttach", M.refresh)
   on("LspProgress", function(data)
-    local value = data.params.value
+    local token, value = data.params.token, data.params.value
     if value.kind == "end" then
+      working[token] = nil
       M.refresh()
-    else
-      percent = value.percentage or percent
+    elseif value.percentage then
+      working[token], percent = nil, value.percentage
       set("loading", value.message or value.title)
+    elseif value.kind == "begin" then
+      working[token] = true
+      redraw()
     end
   end)
   on("LspRequest", function(data)
-    if data.request.method == "textDocument/inlineCompletion" then
+    if ASKED[data.request.method] then
       asking[data.client_id .. ":" .. data.request_id] = data.request.type == "pending" or nil
       redraw()
     end
