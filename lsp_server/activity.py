@@ -1,7 +1,7 @@
 """Work that a user can watch and stop: a progress bar with a cancel button where the client has one, and words as they come.
 
 Owns: tokens, cancelling, and the notification `deepseek/stream` for clients that say (`experimental.deepseekLsp.stream`) that they
-show it. Knows no feature.
+show it, or that gave it an id with their request. Knows no feature.
 """
 
 import asyncio
@@ -24,14 +24,15 @@ Result = TypeVar("Result")
 
 
 class Activity:
-    """One piece of work, from its beginning to its end. Used on the event loop."""
+    """One piece of work, from its beginning to its end. Used on the event loop. A client that names the `stream` shows the work itself and
+    stops it by cancelling its request: it needs no progress bar."""
 
-    def __init__(self, server: Connection, title: str, action: str, uri: str) -> None:
+    def __init__(self, server: Connection, title: str, action: str, uri: str, stream: str | None = None) -> None:
         self._server, self._title = server, title
-        self.id = str(uuid.uuid4())
-        self._about = {"id": self.id, "action": action, "title": title, "uri": uri}
+        self._about = {"id": stream or str(uuid.uuid4()), "action": action, "title": title, "uri": uri}
         self._token: str | None = None
-        self._streams = bool(own_capabilities(server).get("stream"))
+        self._is_watched = stream is not None
+        self._streams = self._is_watched or bool(own_capabilities(server).get("stream"))
         self._text, self._reported_at, self._percent = "", 0.0, -1
 
     async def run(self, work: Callable[[], Awaitable[Result]]) -> Result:
@@ -95,7 +96,7 @@ class Activity:
 
     async def _begin(self) -> None:
         window = self._server.client_capabilities.window
-        if window and window.work_done_progress:
+        if window and window.work_done_progress and not self._is_watched:
             token = str(uuid.uuid4())
             try:
                 await self._server.work_done_progress.create_async(token)

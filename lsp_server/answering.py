@@ -75,8 +75,8 @@ def start_of(span: Span) -> types.Position:
     return types.Position(span.start.line, span.start.character)
 
 
-async def perform(server: Connection, asked: Asked) -> Done:
-    """Does what was asked for, with progress. Raises Refusal."""
+async def perform(server: Connection, asked: Asked, stream: str | None = None) -> Done:
+    """Does what was asked for, with progress, or told to the client's `stream`. Raises Refusal."""
     action = find(server, asked.action)
     try:
         document = server.session.find(asked.uri)
@@ -84,7 +84,7 @@ async def perform(server: Connection, asked: Asked) -> Done:
         task = act.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
         server.stop_ahead()
         async with engine_for(server) as engine:
-            activity = Activity(server, task.title, action.name, asked.uri)
+            activity = Activity(server, task.title, action.name, asked.uri, stream)
             found = await activity.run(lambda: done(server, engine, task, activity))
     except Refusal as refusal:
         server.last_action = LastAction(title=action.title(""), reason=str(refusal))

@@ -60,6 +60,59 @@ async def test_a_slash_form_is_the_action_at_the_first_reference(speaking: Edito
         await chat(speaking, "/nothing at all")
 
 
+async def test_a_question_can_follow_what_an_action_said(speaking: Editor):
+    explained = await chat(speaking, "/explain_symbol", references=[{"uri": URI, "range": HERE}])
+    second = await chat(speaking, "Sure?", conversation=explained["conversation"])
+    assert explained["conversation"] and second["conversation"] == explained["conversation"]
+    third = await chat(speaking, "/explain_symbol", references=[{"uri": URI, "range": HERE}], conversation="of a server before")
+    assert third["text"] == "It adds **items**." and third["conversation"] is None
+
+
+@pytest.mark.parametrize("text", ["What does it do?", "/explain_symbol"])
+async def test_who_names_a_stream_gets_the_words_under_it_and_no_progress_bar(text: str):
+    streamed: list[Any] = []
+    async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["It ", "adds", " **items**."]})) as running:
+        await running.start()
+        running.open(SHOP)
+
+        @running.client.feature("deepseek/stream")
+        def heard(params: Any) -> None:
+            streamed.append(plain(params))
+
+        answer = await chat(running, text, references=[{"uri": URI, "range": HERE}], stream="mine")
+        assert answer["text"] == "It adds **items**."
+        while not streamed or not streamed[-1].get("done"):
+            await asyncio.sleep(0.01)
+        assert {part["id"] for part in streamed} == {"mine"}
+        assert "".join(part.get("text", "") for part in streamed) == "It adds **items**."
+        assert not running.client.progress_reports
+
+
+async def test_cancelling_a_question_ends_its_work():
+    async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["It ", None]})) as running:
+        await running.start()
+        running.open(SHOP)
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        @running.client.feature("deepseek/stream")
+        def heard(params: Any) -> None:
+            (ended if plain(params).get("done") else begun).set()
+
+        answer = running.client.protocol.send_request("deepseek/chat", {"text": "What?", "stream": "mine"}, msg_id="one")
+        await asyncio.wait_for(begun.wait(), 20)
+        running.client.cancel_request(types.CancelParams(id="one"))
+        with pytest.raises(JsonRpcException) as error:
+            await asyncio.wait_for(asyncio.wrap_future(answer), 20)
+        assert error.value.code == types.LSPErrorCodes.RequestCancelled
+        await asyncio.wait_for(ended.wait(), 20)
+
+
+async def test_the_actions_behind_a_slash_are_listed(speaking: Editor):
+    found = {action["name"]: action for action in plain(await speaking.client.protocol.send_request_async("deepseek/chat/actions", None))}
+    assert found["explain_symbol"]["answer"] == "show" and found["explain_symbol"]["title"] == "Explain the function"
+    assert found["refactor"]["asks"] and found["fix"]["appliesTo"] == "diagnostic"
+
+
 async def test_a_slash_form_that_edits_gives_the_edit():
     answer = "```python\ndef add(self, item):\n    return item\n```"
     async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": [answer]})) as running:
