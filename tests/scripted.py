@@ -1,7 +1,7 @@
 """An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
 
 `python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
-cancellation, as a model that thinks forever would.
+cancellation, as a model that thinks forever would. With `{"file": "/tmp/script.json"}` the script is read anew for each request.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lsp_server.host import Host
 from lsp_server.server import create_server
@@ -75,9 +76,22 @@ class AnsweringEngine(ScriptedEngine):
         return super().submit(request)
 
 
+class FollowingEngine(ScriptedEngine):
+    """Says what a file says when it is asked."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__([])
+        self._file = Path(file)
+
+    def submit(self, request: Request) -> Generation:
+        script = json.loads(self._file.read_text("utf-8"))
+        self._pieces, self._step_s = script["pieces"], script.get("step_s", 0.0)
+        return super().submit(request)
+
+
 def main() -> None:
     script = json.loads(sys.argv[1])
-    engine = ScriptedEngine(**script)
+    engine = FollowingEngine(**script) if "file" in script else ScriptedEngine(**script)
     wire = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = create_server(*user_settings(), Host(engine=engine, state="ready", message="scripted"))

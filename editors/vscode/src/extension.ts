@@ -1,6 +1,10 @@
 /** The extension: one server, one status bar item, the commands. */
 import * as vscode from "vscode";
+import { Actions, open } from "./actions";
+import { Asked, Chat } from "./chat";
 import { Server, ServerStatus } from "./client";
+import { Panel } from "./panel";
+import { References, editorInUse } from "./references";
 import { install } from "./server";
 import { SECTION, disabledLanguages, needsRestart, toggleLanguage } from "./settings";
 import { Status } from "./status";
@@ -12,6 +16,11 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
   const status = new Status();
   const running = new Server(context, log, status);
   server = running;
+  const chat = new Chat(running);
+  const references = new References();
+  const actions: Actions = new Actions(running, chat, () => panel.reveal());
+  const panel = new Panel(context.extensionUri, chat, references, actions);
+  running.chosen = actions.middleware;
   const language = () => vscode.window.activeTextEditor?.document.languageId;
   const showLanguage = () => status.setLanguageOff(disabledLanguages().includes(language() ?? ""));
 
@@ -34,6 +43,25 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
         await toggleLanguage(current);
       }
     },
+    chat: () => panel.reveal(true),
+    newChat: async () => {
+      references.clear();
+      await chat.clear();
+      await panel.reveal(true);
+    },
+    stop: () => chat.stop(),
+    addToChat: async () => {
+      const editor = editorInUse();
+      if (editor) {
+        references.add(editor);
+      }
+      await panel.reveal(true);
+    },
+    explain: () => actions.explain(),
+    tests: () => actions.here("tests"),
+    docstring: () => actions.here("docstring"),
+    input: (asked: Asked, question: string) => actions.input(asked, question),
+    open: (uri: string) => open(uri),
     install: async (source?: string) => {
       if (await install(context, source)) {
         await running.restart();
@@ -47,6 +75,10 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
     log,
     status,
     running,
+    chat,
+    references,
+    actions,
+    panel,
     vscode.window.onDidChangeActiveTextEditor(showLanguage),
     vscode.workspace.onDidChangeConfiguration(async (event) => {
       showLanguage();
