@@ -1,7 +1,7 @@
 """An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
 
 `python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
-cancellation, as a model that thinks forever would. With `{"file": "/tmp/script.json"}` the script is read anew for each request.
+cancellation, as a model that thinks forever would. With `{"file": "/tmp/script.json"}` the script is read anew for each request, and /tmp/script.log tells what was asked and how it ended.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from pathlib import Path
 from lsp_server.host import Host
 from lsp_server.server import create_server
 from lsp_server.settings import user_settings
-from model_host.generation import Cost, Facts, Finish, Generation, Request
+from model_host.generation import Chat, Cost, Facts, Finish, Generation, Request
 
 FACTS = Facts(checkpoint="scripted", device="cpu", dtype="float32", parameters=0, weight_bytes=0, context_tokens=16_384, load_s=0.0)
 
@@ -86,7 +86,17 @@ class FollowingEngine(ScriptedEngine):
     def submit(self, request: Request) -> Generation:
         script = json.loads(self._file.read_text("utf-8"))
         self._pieces, self._step_s = script["pieces"], script.get("step_s", 0.0)
+        if isinstance(request.prompt, Chat):
+            self._tell(asked="\n".join(message.content for message in request.prompt.messages))
         return super().submit(request)
+
+    async def _speak(self, generation: Generation) -> None:
+        await super()._speak(generation)
+        self._tell(cancelled=generation.is_cancelled)
+
+    def _tell(self, **what: object) -> None:
+        with self._file.with_suffix(".log").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(what) + "\n")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 from tests.editors import install
 
@@ -114,12 +114,38 @@ def browser() -> Iterator[Browser]:
             running.close()
 
 
+class View:
+    """The panel's webview: a page within a page within VS Code's."""
+
+    def __init__(self, page: Page) -> None:
+        self.frame = page.frame_locator("iframe.webview.ready").frame_locator("iframe#active-frame")
+
+    @property
+    def turns(self) -> Locator:
+        return self.frame.locator(".turn")
+
+    @property
+    def last(self) -> Locator:
+        return self.turns.last
+
+    @property
+    def input(self) -> Locator:
+        return self.frame.locator("#text")
+
+    def until(self, state: str, text: str = "") -> Locator:
+        """Waits for the last turn to be waiting, answering, done, stopped or failed, with `text` in it."""
+        found = self.frame.locator(f'.turn[data-state="{state}"]:last-child', has_text=text or None)
+        found.wait_for(timeout=1000 * LIMIT_S)
+        return found
+
+
 class Code:
     """One window of VS Code."""
 
     def __init__(self, page: Page, address: str, folder: Path) -> None:
         self.page, self.folder = page, folder
         self.asked: list[str] = []
+        self.view = View(page)
         page.on("request", lambda request: self.asked.append(request.url))
         page.add_init_script(STATES)
         page.goto(f"{address}/?folder={folder}")

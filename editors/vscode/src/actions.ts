@@ -1,14 +1,17 @@
 /** Code actions and commands: those that explain are answered in the panel, those that change code show what they change. */
 import * as vscode from "vscode";
-import { CodeActionResolveRequest, CreateFile, Middleware, WorkspaceEdit } from "vscode-languageclient/node";
+import { CodeActionResolveRequest, CreateFile, Middleware, TextDocumentEdit, WorkspaceEdit } from "vscode-languageclient/node";
 import { Asked, Chat, Question, reason } from "./chat";
 import { Gone, Server } from "./client";
 import type { Offer } from "./messages";
+import { Preview } from "./preview";
 import { About, editorInUse, placeIn } from "./references";
 import { SECTION } from "./settings";
 
 const RUN = `${SECTION}.run`;
-const OPEN = `${SECTION}.open`;
+const MAKE = `${SECTION}.make`;
+const DISCARDED = "it was discarded.";
+const CHANGED = "The document changed meanwhile, so nothing is changed. Ask again.";
 
 interface Known extends Offer {
   answer: string;
@@ -24,6 +27,7 @@ export class Actions implements vscode.Disposable {
   constructor(
     private readonly server: Server,
     private readonly chat: Chat,
+    private readonly preview: Preview,
     private readonly reveal: () => Promise<void>,
   ) {
     this.listening = server.onDidStart(() => this.learn());
@@ -78,24 +82,49 @@ export class Actions implements vscode.Disposable {
       try {
         const asked = converters?.code2ProtocolConverter.asCodeActionSync(action);
         const answer = await this.server.request<{ edit?: WorkspaceEdit }>(CodeActionResolveRequest.method, asked, stop);
-        action.edit = await converters?.protocol2CodeConverter.asWorkspaceEdit(answer.edit, stop);
-        action.command = opening(answer.edit);
+        action.command = answer.edit && { title: action.title, command: MAKE, arguments: [action.title, answer.edit] };
       } catch (error) {
         this.say(action.title, error, stop);
       }
       return action;
     },
     workspace: {
-      handleApplyEdit: async (params, next) => {
-        const done = await next(params, new vscode.CancellationTokenSource().token);
-        const open = opening(params.edit);
-        if (open && "applied" in done && done.applied) {
-          await vscode.commands.executeCommand(open.command, ...(open.arguments ?? []));
-        }
-        return done;
+      handleApplyEdit: async ({ edit }) => {
+        const problem = await this.made(edit);
+        return { applied: !problem, failureReason: problem };
       },
     },
   };
+
+  /** Makes an edit, and says so when it could not be made. */
+  async make(title: string, edit: WorkspaceEdit): Promise<void> {
+    const problem = await this.made(edit);
+    if (problem && problem !== DISCARDED) {
+      this.say(title, problem);
+    }
+  }
+
+  /** Makes an edit, once the user wants it if it asks for that, and shows a file that it creates; or why it was not made. */
+  private async made(edit: WorkspaceEdit): Promise<string | undefined> {
+    const asks = Object.values(edit.changeAnnotations ?? {}).some((annotation) => annotation.needsConfirmation);
+    if (asks && !(await this.preview.isWanted(edit))) {
+      return DISCARDED;
+    }
+    const confirmed = Object.entries(edit.changeAnnotations ?? {}).map(([id, annotation]) => [id, { ...annotation, needsConfirmation: false }]);
+    const converted = await this.server.converters?.protocol2CodeConverter.asWorkspaceEdit({ ...edit, changeAnnotations: Object.fromEntries(confirmed) });
+    if (!isCurrent(edit)) {
+      return CHANGED; // nothing is awaited between this and the edit
+    }
+    if (!converted || !(await vscode.workspace.applyEdit(converted))) {
+      return "VS Code did not make the change.";
+    }
+    const created = edit.documentChanges?.find((change) => CreateFile.is(change));
+    if (created) {
+      const { document } = await vscode.window.showTextDocument(vscode.Uri.parse(created.uri), { preview: false });
+      await document.save(); // else an empty one would stay behind
+    }
+    return undefined;
+  }
 
   private async perform(asked: Asked): Promise<void> {
     const action = this.known.find((one) => one.name === asked.action);
@@ -108,7 +137,9 @@ export class Actions implements vscode.Disposable {
     try {
       await this.server.request("workspace/executeCommand", { command: RUN, arguments: [asked] });
     } catch (error) {
-      this.say(action?.title ?? asked.action, error);
+      if (!reason(error).endsWith(DISCARDED)) {
+        this.say(action?.title ?? asked.action, error);
+      }
     }
   }
 
@@ -142,20 +173,12 @@ export class Actions implements vscode.Disposable {
   }
 }
 
-/** A command that shows the file which an edit makes. */
-function opening(edit: WorkspaceEdit | undefined): vscode.Command | undefined {
-  const made = edit?.documentChanges?.find((change) => CreateFile.is(change));
-  return made && { title: "Open", command: OPEN, arguments: [made.uri] };
-}
-
-/** Shows a file that an edit made, unless the user did not want it. */
-export async function open(uri: string): Promise<void> {
-  const file = vscode.Uri.parse(uri);
-  const isThere = await vscode.workspace.fs.stat(file).then(
-    () => true,
-    () => false,
-  );
-  if (isThere) {
-    await vscode.window.showTextDocument(file, { preview: false });
-  }
+/** Whether the documents are still those that the edit is for. */
+function isCurrent(edit: WorkspaceEdit): boolean {
+  const versions = new Map(vscode.workspace.textDocuments.map((document) => [String(document.uri), document.version]));
+  const changes = edit.documentChanges?.filter((change) => TextDocumentEdit.is(change)) ?? [];
+  return changes.every(({ textDocument }) => {
+    const now = versions.get(String(vscode.Uri.parse(textDocument.uri)));
+    return textDocument.version === null || now === undefined || now === textDocument.version;
+  });
 }

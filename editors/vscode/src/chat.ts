@@ -51,9 +51,14 @@ export class Chat implements vscode.Disposable {
       server.onDidStream(({ id, text, restart }) => {
         const turn = this.turns.find((one) => one.id === id);
         if (turn && (text || restart)) {
+          const isFirst = turn.state === "waiting";
           turn.answer = restart ? "" : turn.answer + text;
           turn.state = "answering";
-          this.heard.fire(turn);
+          if (isFirst) {
+            this.changed.fire();
+          } else {
+            this.heard.fire(turn);
+          }
         }
       }),
     );

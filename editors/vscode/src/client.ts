@@ -131,7 +131,7 @@ export class Server implements vscode.Disposable {
       throw new Gone(this.status.sentence);
     }
     try {
-      return await this.status.during(client.sendRequest<Answer>(method, params, stop));
+      return await this.status.during(client.sendRequest<Answer>(method, params, stop ?? new vscode.CancellationTokenSource().token));
     } catch (error) {
       throw client === this.client && client.isRunning() ? error : new Gone("The server ended before it answered.");
     }

@@ -1,11 +1,13 @@
 /** The extension: one server, one status bar item, the commands. */
 import * as vscode from "vscode";
-import { Actions, open } from "./actions";
+import { WorkspaceEdit } from "vscode-languageclient/node";
+import { Actions } from "./actions";
 import { Asked, Chat } from "./chat";
 import { Server, ServerStatus } from "./client";
 import { Panel } from "./panel";
+import { Preview } from "./preview";
 import { References, editorInUse } from "./references";
-import { install } from "./server";
+import { install, watchEnvironment } from "./server";
 import { SECTION, disabledLanguages, needsRestart, toggleLanguage } from "./settings";
 import { Status } from "./status";
 
@@ -18,7 +20,8 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
   server = running;
   const chat = new Chat(running);
   const references = new References();
-  const actions: Actions = new Actions(running, chat, () => panel.reveal());
+  const preview = new Preview();
+  const actions: Actions = new Actions(running, chat, preview, () => panel.reveal());
   const panel = new Panel(context.extensionUri, chat, references, actions);
   running.chosen = actions.middleware;
   const language = () => vscode.window.activeTextEditor?.document.languageId;
@@ -61,7 +64,9 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
     tests: () => actions.here("tests"),
     docstring: () => actions.here("docstring"),
     input: (asked: Asked, question: string) => actions.input(asked, question),
-    open: (uri: string) => open(uri),
+    make: (title: string, edit: WorkspaceEdit) => actions.make(title, edit),
+    apply: () => preview.decide(true),
+    discard: () => preview.decide(false),
     install: async (source?: string) => {
       if (await install(context, source)) {
         await running.restart();
@@ -77,6 +82,7 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
     running,
     chat,
     references,
+    preview,
     actions,
     panel,
     vscode.window.onDidChangeActiveTextEditor(showLanguage),
@@ -89,6 +95,7 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
   );
   showLanguage();
   await running.start();
+  await watchEnvironment(context, () => void running.restart());
 }
 
 export async function deactivate(): Promise<void> {
