@@ -3,9 +3,9 @@
 import psutil
 
 
-def servers(editor: psutil.Process) -> list[psutil.Process]:
-    """Those that live, however deep below the editor's process."""
-    return [child for child in editor.children(recursive=True) if any(part.endswith("/deepseek-lsp") for part in cmdline(child))]
+def servers(editor: psutil.Process, name: str = "/deepseek-lsp") -> list[psutil.Process]:
+    """Those that live, however deep below the editor's process; one of their words ends with `name`."""
+    return [child for child in editor.children(recursive=True) if any(part.endswith(name) for part in cmdline(child))]
 
 
 def cmdline(process: psutil.Process) -> list[str]:

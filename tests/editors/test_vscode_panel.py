@@ -15,7 +15,7 @@ from playwright.sync_api import Browser
 
 from tests.editors import install
 from tests.editors.processes import servers
-from tests.editors.vscode import SETTINGS, Code, browser, served
+from tests.editors.vscode import Code, browser, served
 
 REPOSITORY = Path(__file__).parents[2]
 INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
@@ -117,9 +117,16 @@ def code(opened: Code) -> Code:
     """The window with the cursor behind the header of `add`, and an empty conversation."""
     opened.command("DeepSeek: New Conversation")
     opened.view.frame.locator(".welcome").wait_for()
+    opened.until(lambda: opened.view.has_focus)
     opened.open("inventory.py")
     opened.go_to(ADD)
     return opened
+
+
+def undo(code: Code) -> None:
+    """Once the editor has the focus again."""
+    code.until(lambda: code.page.evaluate("Boolean(document.activeElement.closest('.editor-instance'))"))
+    code.press("Control+z")
 
 
 def ask(code: Code, text: str) -> None:
@@ -160,9 +167,9 @@ def test_code_of_an_answer_goes_to_the_cursor_as_one_edit(code: Code, script: Sc
     answer.get_by_role("button", name="Insert").click()
     code.until(lambda: code.line(ADD + 2) == " " * 12 + "raise ValueError(item.name)")
     assert code.line(ADD + 1) == " " * 8 + "if item.name in self.items:"
-    code.press("Control+z")
+    undo(code)
     code.until(lambda: code.line(ADD + 1).strip() == "" and "self.items[item.name]" in code.line(ADD + 2))
-    code.press("Control+z")
+    undo(code)
     assert document(code) == INVENTORY
 
 
@@ -262,7 +269,7 @@ def test_a_server_that_ends_within_an_answer_is_said_and_can_be_asked_again(code
     script.says("It begins", forever=True)
     ask(code, "And why?")
     code.view.until("answering", "It begins")
-    (server,) = servers(psutil.Process())
+    (server,) = servers(psutil.Process(), "tests.scripted")
     os.kill(server.pid, signal.SIGKILL)
     failed = code.view.until("failed", "The server ended before the answer did.")
     script.says("Because of names.")
@@ -278,7 +285,7 @@ def test_everything_in_the_panel_is_reached_with_keys(code: Code, script: Script
     code.page.locator(".editor-instance").click()
     code.press("Control+k")
     code.press("a")
-    code.until(lambda: code.view.input.evaluate("input => document.activeElement === input"))
+    code.until(lambda: code.view.has_focus)
     code.type("/expl")
     code.view.frame.get_by_role("option", name="/explain_symbol").wait_for()
     code.press("ArrowDown")
@@ -301,7 +308,7 @@ def test_everything_in_the_panel_is_reached_with_keys(code: Code, script: Script
     assert focused() == "insert"
     code.press("Enter")
     code.until(lambda: "if item.name in self.items:" in code.line(ADD))
-    code.press("Control+z")
+    undo(code)
     assert document(code) == INVENTORY
 
 
@@ -311,11 +318,9 @@ def test_the_panel_has_the_colours_of_the_theme(code: Code):
         return found
 
     dark = colours()
-    file = code.folder.parent / "user/User/settings.json"
-    before = file.read_text("utf-8")
-    file.write_text(json.dumps(SETTINGS | {"workbench.colorTheme": "Default Light Modern"}))
+    code.command("Preferences: Toggle between Light/Dark Themes")
     code.until(lambda: colours()[0] != dark[0] and colours()[1] != dark[1])
-    file.write_text(before)
+    code.command("Preferences: Toggle between Light/Dark Themes")
     code.until(lambda: colours() == dark)
 
 
@@ -333,6 +338,7 @@ def test_tests_are_shown_before_the_new_file_is_made(code: Code, script: Script)
     code.page.wait_for_selector('.tab.active[data-resource-name="test_inventory.py"]')
     code.until(lambda: file.exists() and "test_add_keeps_the_item" in file.read_text("utf-8"))
     file.unlink()
+    code.page.locator(".notification-toast").wait_for(state="detached")
     code.press("Control+F4")
 
 
@@ -341,7 +347,7 @@ def test_a_change_in_ones_own_words_is_shown_as_a_diff_before_it_is_made(code: C
     code.press("Home")
     code.press("Shift+ArrowDown")
     code.press("Shift+ArrowDown")
-    choose(code, "Change the selection as I say")
+    code.choose("Change the selection as I say")
     code.page.wait_for_selector(".quick-input-widget:visible input")
     code.type("keep the first item")
     code.press("Enter")
@@ -350,7 +356,7 @@ def test_a_change_in_ones_own_words_is_shown_as_a_diff_before_it_is_made(code: C
     assert "keep the first item" in script.asked
     code.page.locator('.notification-toast >> text="Apply"').click()
     code.until(lambda: code.line(ADD + 1) == " " * 8 + "self.items.setdefault(item.name, item)")
-    code.press("Control+z")
+    undo(code)
     assert document(code) == INVENTORY
 
 
@@ -358,14 +364,15 @@ def test_a_diagnostic_is_fixed_and_explained(code: Code, script: Script):
     code.open("total.ts")
     code.page.locator(".squiggly-error").first.wait_for()
     code.go_to(2)
+    code.press("Home")
     script.says("The **word** is no number.")
-    choose(code, "Explain this error")
+    code.choose("Explain this error")
     code.view.until("done", "The word is no number.")
     assert "is not assignable to type 'number'" in script.asked
     code.open("total.ts")
     code.go_to(2)
     script.says(f"```typescript\n{FIXED}\n```")
-    choose(code, "Fix this with the model")
+    code.choose("Fix this with the model")
     code.until(lambda: code.line(2) == "  return price;")
     code.page.locator(".squiggly-error").first.wait_for(state="detached")
     assert "is not assignable to type 'number'" in script.asked
@@ -376,11 +383,3 @@ def test_an_answer_that_cannot_be_used_says_why(code: Code, script: Script):
     code.command("DeepSeek: Document the Function")
     code.page.locator('.notification-toast:has-text("holds no docstring")').wait_for()
     assert document(code) == INVENTORY
-
-
-def choose(code: Code, title: str) -> None:
-    """From the menu of code actions at the cursor."""
-    row = code.page.locator(f'.action-widget .monaco-list-row:has-text("{title}")')
-    code.press("Control+.")
-    row.first.wait_for()
-    row.first.click()

@@ -21,6 +21,7 @@ SETTINGS = {
     "telemetry.telemetryLevel": "off",
     "workbench.startupEditor": "none",
     "workbench.colorTheme": "Default Dark Modern",
+    "workbench.preferredDarkColorTheme": "Default Dark Modern",
     "workbench.enableExperiments": False,
     "extensions.autoCheckUpdates": False,
     "extensions.ignoreRecommendations": True,
@@ -37,11 +38,12 @@ ITEM = '.statusbar-item[id^="deepseek-lsp"] a'
 STATES = f"""
     window.states = [];
     new MutationObserver(() => {{
-        const label = document.querySelector('{ITEM}')?.getAttribute('aria-label');
-        if (label && label !== window.states.at(-1)) window.states.push(label);
+        const item = document.querySelector('{ITEM}');
+        const state = item && `${{item.textContent.trim()}}: ${{item.getAttribute('aria-label')}}`;
+        if (state && state !== window.states.at(-1)) window.states.push(state);
     }}).observe(document, {{ subtree: true, childList: true, attributes: true, characterData: true }});
 """
-"""Keeps what our item in the status bar said, one after the other."""
+"""Keeps what our item in the status bar showed and said, one after the other."""
 
 
 def free_port() -> int:
@@ -125,12 +127,13 @@ class View:
         return self.frame.locator(".turn")
 
     @property
-    def last(self) -> Locator:
-        return self.turns.last
-
-    @property
     def input(self) -> Locator:
         return self.frame.locator("#text")
+
+    @property
+    def has_focus(self) -> bool:
+        """Whether what is typed goes into the panel's input."""
+        return bool(self.input.evaluate("input => document.activeElement === input && document.hasFocus()"))
 
     def until(self, state: str, text: str = "") -> Locator:
         """Waits for the last turn to be waiting, answering, done, stopped or failed, with `text` in it."""
@@ -146,7 +149,10 @@ class Code:
         self.page, self.folder = page, folder
         self.asked: list[str] = []
         self.view = View(page)
+        self.answered_within: set[str] = set()
+        """Addresses that never left the browser: VS Code's service worker reads the webviews' files for them."""
         page.on("request", lambda request: self.asked.append(request.url))
+        page.on("response", lambda response: response.from_service_worker and self.answered_within.add(response.url))
         page.add_init_script(STATES)
         page.goto(f"{address}/?folder={folder}")
         page.wait_for_selector(".monaco-workbench .explorer-folders-view", timeout=1000 * LIMIT_S)
@@ -171,6 +177,22 @@ class Code:
         row = self.page.locator(f'.quick-input-list .monaco-list-row:is([aria-label="{title}"], [aria-label^="{title}, "])').first
         row.wait_for()
         row.click()
+
+    def choose(self, title: str) -> None:
+        """From the menu of code actions at the cursor, which VS Code closes when diagnostics come meanwhile."""
+        row = self.page.locator(f'.action-widget .monaco-list-row:has-text("{title}")').first
+
+        def is_chosen() -> bool:
+            self.press("Control+.")
+            try:
+                row.wait_for(timeout=2000)
+                row.click(timeout=2000)
+            except Error:
+                self.press("Escape")
+                return False
+            return True
+
+        self.until(is_chosen)
 
     def go_to(self, line: int) -> None:
         """Puts the cursor at the end of a line, counted from 1."""

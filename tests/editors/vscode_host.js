@@ -69,7 +69,23 @@ const tests = {
     });
     await until(async () => (await status()).requests.accepted === before + 1);
   },
+
+  async "the server of the selected Python environment is started, and another one once another is selected"() {
+    assert.strictEqual((await status()).settings.inline.deadline_s, 6);
+    const python = await vscode.extensions.getExtension("ms-python.python").activate();
+    python.select(given("environment"));
+    await until(async () => (await status())?.settings.inline.deadline_s === 7);
+    python.select("");
+    await until(async () => (await status())?.settings.inline.deadline_s === 6);
+  },
+
+  async "a server that the extension installs is started"() {
+    await vscode.commands.executeCommand("deepseek-lsp.install", given("wheel"));
+    await until(async () => (await status())?.settings.inline.deadline_s === 8);
+  },
 };
+
+const given = (name) => vscode.workspace.getConfiguration("tests").get(name);
 
 const status = () => vscode.commands.executeCommand("deepseek-lsp.status");
 
@@ -83,7 +99,7 @@ async function until(condition) {
 
 exports.run = async () => {
   const extension = vscode.extensions.getExtension(OWN);
-  const results = vscode.workspace.getConfiguration("tests").get("results");
+  const results = given("results");
   const found = {};
   try {
     await extension.activate();

@@ -50,13 +50,18 @@ export class Preview implements vscode.TextDocumentContentProvider, vscode.Dispo
     const decided = new Promise<boolean>((decide) => (this.open = { proposed, decide }));
     const title = `${name} (${isNew ? "new, proposed" : "proposed"})`;
     await vscode.commands.executeCommand("vscode.diff", document?.uri ?? EMPTY, proposed, title, { preview: true });
+    let isAnswered = false;
     const what = Object.values(edit.changeAnnotations ?? {})[0]?.label ?? "The model proposes a change";
     void vscode.window.showInformationMessage(`${what}: ${isNew ? `make ${name}` : `change ${name}`} as shown?`, APPLY, DISCARD).then((said) => {
+      isAnswered = true;
       if (said && this.open?.proposed === proposed) {
         this.decide(said === APPLY);
       }
     });
     const isWanted = await decided;
+    if (!isAnswered) {
+      await vscode.commands.executeCommand("notifications.hideToasts"); // ours would ask on
+    }
     this.texts.delete(String(proposed));
     const tabs = vscode.window.tabGroups.all.flatMap((group) => group.tabs);
     const shown = tabs.filter(({ input }) => input instanceof vscode.TabInputTextDiff && String(input.modified) === String(proposed));
