@@ -1,7 +1,8 @@
 """An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
 
 `python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
-cancellation, as a model that thinks forever would. With `{"file": "/tmp/script.json"}` the script is read anew for each request, and /tmp/script.log tells what was asked and how it ended.
+cancellation, as a model that thinks forever would. With `{"file": "/tmp/script.json"}` the script is read anew for each
+request, and /tmp/script.log tells what was asked and how it ended.
 """
 
 import asyncio

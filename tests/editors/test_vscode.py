@@ -8,13 +8,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 from tests.editors import install
 from tests.editors.processes import servers
@@ -235,7 +236,8 @@ def wheel(folder: Path, deadline_s: int) -> Path:
     """A package named deepseek-lsp that pip installs without a network, with a server that is known by one of its settings."""
     file, about = folder / "deepseek_lsp-9.0-py3-none-any.whl", "deepseek_lsp-9.0.dist-info"
     server = str(install.SCRIPTS / "deepseek-lsp")
-    module = f"import os\ndef main():\n    os.execve({server!r}, [{server!r}], os.environ | {{'DEEPSEEK_LSP_INLINE__DEADLINE_S': '{deadline_s}'}})\n"
+    settings = {"DEEPSEEK_LSP_INLINE__DEADLINE_S": str(deadline_s)}
+    module = f"import os\ndef main():\n    os.execve({server!r}, [{server!r}], os.environ | {settings!r})\n"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("started.py", module)
         archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: deepseek-lsp\nVersion: 9.0\n")
@@ -245,17 +247,17 @@ def wheel(folder: Path, deadline_s: int) -> Path:
     return file
 
 
-def test_inside_the_extension_host(window: Browser, tmp_path: Path):
-    """vscode_host.js, run by VS Code with the extension loaded from its folder."""
+@contextmanager
+def host(window: Browser, folder: Path, given: dict[str, object], trusts: bool = True) -> Iterator[Page]:
+    """VS Code with the extension, and the stand-in for Python's, loaded from their folders; runs vscode_host.js inside its extension host."""
     install.extension()
-    project, results = tmp_path / "shop", tmp_path / "results.json"
+    project = folder / "shop"
     (project / ".vscode").mkdir(parents=True)
     (project / "inventory.py").write_text(INVENTORY)
-    given = {"results": results, "environment": environment(tmp_path / "environment", 7), "wheel": wheel(tmp_path, 8)}
-    (project / ".vscode/settings.json").write_text(json.dumps({f"tests.{name}": str(path) for name, path in given.items()}))
-    extensions = [EXTENSION, python_extension(tmp_path / "python")]
-    config = tmp_path / "home/.config/deepseek-lsp/config.toml"
-    with served(tmp_path, {}, PATH, ()) as address:
+    (project / ".vscode/settings.json").write_text(json.dumps({f"tests.{name}": str(value) for name, value in given.items()}))
+    settings = {} if trusts else {"security.workspace.trust.enabled": True, "security.workspace.trust.startupPrompt": "never"}
+    config = folder / "home/.config/deepseek-lsp/config.toml"
+    with served(folder, settings, PATH, (), trusts) as address:
         config.parent.mkdir(parents=True)
         config.write_text("[inline]\nmax_new_tokens = 77\n")
         page = window.new_page(viewport=WINDOW)
@@ -263,7 +265,8 @@ def test_inside_the_extension_host(window: Browser, tmp_path: Path):
         def place(path: Path) -> dict[str, str]:
             return {"scheme": "vscode-remote", "authority": urlsplit(address).netloc, "path": str(path)}
 
-        development = {"extensions": [*map(place, extensions)], "extensionTestsPath": place(Path(__file__).with_name("vscode_host.js"))}
+        extensions = [place(EXTENSION), place(python_extension(folder / "python"))]
+        development = {"extensions": extensions, "extensionTestsPath": place(Path(__file__).with_name("vscode_host.js"))}
         page.add_init_script(f"""
             document.addEventListener('readystatechange', () => {{
                 const meta = document.getElementById('vscode-workbench-web-configuration');
@@ -275,9 +278,33 @@ def test_inside_the_extension_host(window: Browser, tmp_path: Path):
             }});
         """)
         page.goto(f"{address}/?folder={project}")
-        wait_for(results.exists, lambda: "the tests inside the extension host did not end", 120)
+        yield page
         page.close()
-    found = json.loads(results.read_text())
-    assert len(found) >= 8
+
+
+def found_in(results: Path) -> dict[str, str]:
+    """What the tests inside the extension host found wrong, by their names."""
+    wait_for(results.exists, lambda: "the tests inside the extension host did not end", 120)
+    found: dict[str, str] = json.loads(results.read_text())
     if errors := [f"{name}: {error}" for name, error in found.items() if error]:
         pytest.fail("\n".join(errors))
+    return found
+
+
+def test_inside_the_extension_host(window: Browser, tmp_path: Path):
+    results = tmp_path / "results.json"
+    given = {"results": results, "environment": environment(tmp_path / "environment", 7), "wheel": wheel(tmp_path, 8)}
+    with host(window, tmp_path, {"set": "trusted", **given}):
+        assert len(found_in(results)) >= 8
+
+
+def test_a_workspace_that_is_not_trusted_does_not_choose_the_server_until_it_is(window: Browser, tmp_path: Path):
+    results, ready = tmp_path / "results.json", tmp_path / "ready"
+    given = {"results": results, "ready": ready, "environment": environment(tmp_path / "environment", 7)}
+    with host(window, tmp_path, {"set": "restricted", **given}, trusts=False) as page:
+        wait_for(
+            ready.exists, lambda: results.read_text() if results.exists() else "no server is ready in a workspace that is not trusted", 60
+        )
+        page.locator('.statusbar-item:has-text("Restricted Mode") a').click()
+        page.locator('.workspace-trust-editor .monaco-button:text-is("Trust")').first.click()
+        found_in(results)

@@ -37,7 +37,8 @@ To refuse a second item of one name, begin with:
 """
 HOSTILE = """<img src="https://evil.example/x.png" onerror="document.title = 'broken'"> <script>document.title = "broken"</script>
 
-<iframe src="https://evil.example"></iframe> ![picture](https://evil.example/p.png) [one](javascript:alert(1)) [two](command:workbench.action.quit)
+<iframe src="https://evil.example"></iframe> ![picture](https://evil.example/p.png)
+[one](javascript:alert(1)) [two](command:workbench.action.quit)
 [three](https://example.org/ok "') onclick=alert(1)")
 
 ```"><img src=x onerror=alert(1)>
@@ -383,3 +384,17 @@ def test_an_answer_that_cannot_be_used_says_why(code: Code, script: Script):
     code.command("DeepSeek: Document the Function")
     code.page.locator('.notification-toast:has-text("holds no docstring")').wait_for()
     assert document(code) == INVENTORY
+
+
+def test_the_walkthrough_has_its_steps_and_pictures(code: Code):
+    code.page.set_viewport_size({"width": 1600, "height": 900})
+    code.command("Welcome: Open Walkthrough...")
+    code.page.locator('.quick-input-list .monaco-list-row:has-text("DeepSeek on your own machine")').click()
+    code.page.locator('.getting-started-step:has-text("Have code explained")').click()
+    picture = code.page.locator('.getting-started-media img[alt^="The panel"]')
+    picture.wait_for()
+    code.until(lambda: picture.evaluate("image => image.naturalWidth") > 0)
+    assert code.page.locator(".getting-started-step").count() == 6
+    code.page.screenshot(path="/tmp/walk.png")
+    code.press("Control+F4")
+    code.page.set_viewport_size(WINDOW)

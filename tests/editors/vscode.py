@@ -54,8 +54,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Path, ...]) -> Iterator[str]:
-    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH."""
+def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Path, ...], trusts: bool = True) -> Iterator[str]:
+    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH. With `trusts` every workspace is trusted."""
     user, extensions = folder / "user", folder / "extensions"
     (user / "User").mkdir(parents=True)
     (user / "User/settings.json").write_text(json.dumps(SETTINGS | settings))
@@ -75,7 +75,7 @@ def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Pa
     with (folder / "code-server.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--auth", "none", "--bind-addr", address, "--disable-telemetry", "--disable-update-check",
-             "--disable-workspace-trust", "--disable-getting-started-override"],
+             "--disable-getting-started-override", *(["--disable-workspace-trust"] if trusts else [])],
             env=env, stdout=log, stderr=log,
         )  # fmt: skip
         try:
