@@ -3,7 +3,9 @@
 Debian's packages come through apt-get into a folder of their own and run from there, on any x86-64 Linux with apt-get.
 """
 
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -132,13 +134,32 @@ def chromium() -> Path:
     return once("chromium-bookworm", make) / "chromium"
 
 
+SOURCES = (
+    "package*.json",
+    "tsconfig.json",
+    ".vscodeignore",
+    "*.m[jd]*",
+    "src/**/*.ts",
+    "media/*.[mcs]*",
+    "../../docs/pictures/vscode*.png",
+)
+
+
 @functools.cache
 def extension() -> Path:
-    """The packaged VS Code extension, made as its README says."""
+    """The packaged VS Code extension, made as its README says unless it is there for these very sources; by one process at a time."""
     folder = Path(__file__).parents[2] / "editors/vscode"
-    run("npm", "ci", cwd=folder, env=NODE)
-    run("npm", "run", "package", cwd=folder, env=NODE)
-    return folder / "deepseek-lsp.vsix"
+    package, made_of = folder / "deepseek-lsp.vsix", folder / "dist/made-of"
+    made_of.parent.mkdir(exist_ok=True)
+    with (folder / "dist/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = sorted(file for pattern in SOURCES for file in folder.glob(pattern))
+        digest = hashlib.sha256(b"".join(str(file).encode() + file.read_bytes() for file in files)).hexdigest()
+        if not package.exists() or not made_of.exists() or made_of.read_text() != digest:
+            run("npm", "ci", cwd=folder, env=NODE)
+            run("npm", "run", "package", cwd=folder, env=NODE)
+            made_of.write_text(digest)
+    return package
 
 
 @functools.cache

@@ -181,6 +181,12 @@ def test_a_server_that_is_not_there_is_said_with_an_offer_to_install_it(code: Co
     toasts = code.page.locator(".notification-toast").all_inner_texts()
     assert len(toasts) == 1, toasts
     code.picture(pictures / "vscode-install.png")
+    code.command("DeepSeek: Open the Chat")
+    code.until(lambda: code.view.has_focus)
+    code.view.input.fill("Are you there?")
+    code.view.input.press("Enter")
+    code.view.until("failed", "No server is running. deepseek-lsp.server.path names /nowhere/deepseek-lsp")
+    code.press("Control+b")
     settings.write_text(json.dumps({"deepseek-lsp.server.path": str(install.SCRIPTS / "deepseek-lsp")}))
     code.until_ready()
     settings.write_text("{}")
@@ -249,7 +255,7 @@ def wheel(folder: Path, deadline_s: int) -> Path:
 
 @contextmanager
 def host(window: Browser, folder: Path, given: dict[str, object], trusts: bool = True) -> Iterator[Page]:
-    """VS Code with the extension, and the stand-in for Python's, loaded from their folders; runs vscode_host.js inside its extension host."""
+    """VS Code with the extension and the stand-in for Python's, loaded from their folders; it runs vscode_host.js in its extension host."""
     install.extension()
     project = folder / "shop"
     (project / ".vscode").mkdir(parents=True)

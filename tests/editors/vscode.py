@@ -55,7 +55,8 @@ def free_port() -> int:
 
 @contextmanager
 def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Path, ...], trusts: bool = True) -> Iterator[str]:
-    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH. With `trusts` every workspace is trusted."""
+    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH; `trusts` says whether every workspace is
+    trusted."""
     user, extensions = folder / "user", folder / "extensions"
     (user / "User").mkdir(parents=True)
     (user / "User/settings.json").write_text(json.dumps(SETTINGS | settings))

@@ -1,7 +1,7 @@
 /** The conversation: questions, answers as they come, and what becomes of them when the server ends. Knows no view. */
 import { randomUUID } from "node:crypto";
 import * as vscode from "vscode";
-import { Gone, Server } from "./client";
+import { Server } from "./client";
 import type { Turn } from "./messages";
 import type { About, Reference, Span } from "./references";
 
@@ -170,8 +170,5 @@ export class Chat implements vscode.Disposable {
 }
 
 export function reason(error: unknown): string {
-  if (error instanceof Gone) {
-    return "The server ended before the answer did.";
-  }
   return error instanceof Error ? error.message : String(error);
 }

@@ -128,12 +128,12 @@ export class Server implements vscode.Disposable {
   async request<Answer>(method: string, params: unknown, stop?: vscode.CancellationToken): Promise<Answer> {
     const client = this.client;
     if (!client?.isRunning()) {
-      throw new Gone(this.status.sentence);
+      throw new Gone(`No server is running. ${this.status.sentence}`);
     }
     try {
       return await this.status.during(client.sendRequest<Answer>(method, params, stop ?? new vscode.CancellationTokenSource().token));
     } catch (error) {
-      throw client === this.client && client.isRunning() ? error : new Gone("The server ended before it answered.");
+      throw client === this.client && client.isRunning() ? error : new Gone("The server ended before the answer did.");
     }
   }
 

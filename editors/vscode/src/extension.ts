@@ -107,6 +107,7 @@ async function menu(running: Server, language: string | undefined): Promise<void
   const off = language !== undefined && disabledLanguages().includes(language);
   const enabled = vscode.workspace.getConfiguration(SECTION).get("inline.enabled", true);
   const entries: (vscode.QuickPickItem & { command: string; arguments?: unknown[] })[] = [
+    { label: "$(comment) Open the chat", command: `${SECTION}.chat` },
     { label: `$(${enabled ? "circle-slash" : "sparkle"}) Switch ghost text ${enabled ? "off" : "on"}`, command: `${SECTION}.toggle` },
     ...(language
       ? [{ label: `$(file-code) Switch ghost text ${off ? "on" : "off"} for ${language}`, command: `${SECTION}.toggleLanguage` }]

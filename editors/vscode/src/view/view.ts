@@ -130,7 +130,7 @@ function drawTurns(turns: Turn[], last: string | undefined): void {
 
 function welcome(): HTMLElement {
   const made = make("section", "welcome");
-  made.append(make("h2", "", "Ask about your code"), make("p", "", "The model runs on this machine, and so does everything you ask."));
+  made.append(make("h2", "", "Ask about your code"), make("p", "", "What you ask goes to your own model, and nowhere else."));
   for (const name of STARTERS) {
     const offer = shown.offers.find((one) => one.name === name);
     if (offer) {
