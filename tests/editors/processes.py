@@ -1,6 +1,10 @@
-"""The servers that an editor started."""
+"""The processes of an editor: the servers it started, and its end."""
+
+import contextlib
 
 import psutil
+
+LIMIT_S = 10.0
 
 
 def servers(editor: psutil.Process, name: str = "/deepseek-lsp") -> list[psutil.Process]:
@@ -13,3 +17,14 @@ def cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:  # it has just ended
         return []
+
+
+def end(editor: psutil.Process) -> None:
+    """Ends it and all below it: node, as pip installs it, does not take its children along."""
+    family = [editor, *editor.children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(family, LIMIT_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 from tests.editors import install
+from tests.editors.processes import end
 
 SETTINGS = {
     "chat.disableAIFeatures": True,
@@ -83,7 +85,7 @@ def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Pa
             wait_for(lambda: answers(f"http://{address}/healthz"), (folder / "code-server.log").read_text)
             yield f"http://{address}"
         finally:
-            process.terminate()
+            end(psutil.Process(process.pid))
             process.wait(20)
 
 

@@ -48,7 +48,7 @@ export class Actions implements vscode.Disposable {
     const here: About[] = editor ? [{ key: "", label: vscode.workspace.asRelativePath(editor.document.uri), reference: placeIn(editor) }] : [];
     const places = about.some((one) => one.reference.range) ? about : here;
     return this.known.some((one) => one.name === name && one.answer !== "show") && editor
-      ? { shown: text, about: places, asked: { ...placeIn(editor), action: name, version: editor.document.version, instruction } }
+      ? { shown: text, about: places, asked: { ...placeIn(editor), action: name, instruction } }
       : { shown: text, about: places, text };
   }
 

@@ -66,7 +66,9 @@ export class Chat implements vscode.Disposable {
 
   /** Asks; an answer that is still coming is stopped. Ends with the answer, or with why there is none. */
   async ask(question: Question): Promise<void> {
-    await this.stop();
+    while (this.running) {
+      await this.stop(); // whoever else waited for this may have begun before
+    }
     const stop = new vscode.CancellationTokenSource();
     const turn: Turn = {
       id: randomUUID(),

@@ -3,10 +3,12 @@ import * as vscode from "vscode";
 import {
   CloseAction,
   ErrorAction,
+  ErrorCodes,
   LanguageClient,
   LanguageClientOptions,
   Middleware,
   ProgressToken,
+  ResponseError,
   StaticFeature,
   Trace,
   WorkDoneProgressBegin,
@@ -21,6 +23,7 @@ import { Status } from "./status";
 const RESTARTS = 5;
 const FIRST_WAIT_MS = 1000;
 const CALM_MS = 60_000;
+const LOST: number[] = [ErrorCodes.PendingResponseRejected, ErrorCodes.ConnectionInactive];
 const STATES = { waiting: "loading", loading: "loading", ready: "ready", failed: "error", disabled: "off" } as const;
 
 /** The answer of deepseek/status, as far as it is shown. */
@@ -133,7 +136,8 @@ export class Server implements vscode.Disposable {
     try {
       return await this.status.during(client.sendRequest<Answer>(method, params, stop ?? new vscode.CancellationTokenSource().token));
     } catch (error) {
-      throw client === this.client && client.isRunning() ? error : new Gone("The server ended before the answer did.");
+      const isLost = error instanceof ResponseError && LOST.includes(error.code);
+      throw isLost || client !== this.client || !client.isRunning() ? new Gone("The server ended before the answer did.") : error;
     }
   }
 
