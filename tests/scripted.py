@@ -1,7 +1,8 @@
 """An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
 
 `python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
-cancellation, as a model that thinks forever would. With `answers`, from words to pieces, the words of the question choose.
+cancellation, as a model that thinks forever would. With `answers`, from words to pieces, the words of the question choose. With
+`{"file": "/tmp/script.json"}` the script is read anew for each request, and /tmp/script.log tells what was asked and how it ended.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lsp_server.host import Host
 from lsp_server.server import create_server
@@ -89,9 +91,33 @@ class PromptedEngine(ScriptedEngine):
         return super().submit(request)
 
 
+class FollowingEngine(ScriptedEngine):
+    """Says what a file says when it is asked."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__([])
+        self._file = Path(file)
+
+    def submit(self, request: Request) -> Generation:
+        script = json.loads(self._file.read_text("utf-8"))
+        self._pieces, self._step_s = script["pieces"], script.get("step_s", 0.0)
+        if isinstance(request.prompt, Chat):
+            self._tell(asked="\n".join(message.content for message in request.prompt.messages))
+        return super().submit(request)
+
+    async def _speak(self, generation: Generation) -> None:
+        await super()._speak(generation)
+        self._tell(cancelled=generation.is_cancelled)
+
+    def _tell(self, **what: object) -> None:
+        with self._file.with_suffix(".log").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(what) + "\n")
+
+
 def main() -> None:
     script = json.loads(sys.argv[1])
-    engine = PromptedEngine(**script) if "answers" in script else ScriptedEngine(**script)
+    kind = PromptedEngine if "answers" in script else FollowingEngine if "file" in script else ScriptedEngine
+    engine = kind(**script)
     wire = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = create_server(*user_settings(), Host(engine=engine, state="ready", message="scripted"))

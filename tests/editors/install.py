@@ -3,7 +3,9 @@
 Debian's packages come through apt-get into a folder of their own and run from there, on any x86-64 Linux with apt-get.
 """
 
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -146,18 +148,38 @@ def chromium() -> Path:
     return once("chromium-bookworm", make) / "chromium"
 
 
+SOURCES = (
+    "package*.json",
+    "tsconfig.json",
+    ".vscodeignore",
+    "*.m[jd]*",
+    "src/**/*.ts",
+    "media/*.[mcs]*",
+    "../../docs/pictures/vscode*.png",
+)
+
+
 @functools.cache
 def extension() -> Path:
-    """The packaged VS Code extension, made as its README says. Raises Unfetched."""
+    """The packaged VS Code extension, made as its README says unless it is there for these very sources; by one process at a time. Raises
+    Unfetched."""
     folder = Path(__file__).parents[2] / "editors/vscode"
-    try:
-        run("npm", "ci", cwd=folder, env=NODE)
-        run("npm", "run", "package", cwd=folder, env=NODE)
-    except RuntimeError as error:
-        raise Unfetched(
-            f"The VS Code extension could not be built in {folder}: npm's registry is needed. What went wrong:\n{error}"
-        ) from error
-    return folder / "deepseek-lsp.vsix"
+    package, made_of = folder / "deepseek-lsp.vsix", folder / "dist/made-of"
+    made_of.parent.mkdir(exist_ok=True)
+    with (folder / "dist/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = sorted(file for pattern in SOURCES for file in folder.glob(pattern))
+        digest = hashlib.sha256(b"".join(str(file).encode() + file.read_bytes() for file in files)).hexdigest()
+        if not package.exists() or not made_of.exists() or made_of.read_text() != digest:
+            try:
+                run("npm", "ci", cwd=folder, env=NODE)
+                run("npm", "run", "package", cwd=folder, env=NODE)
+            except RuntimeError as error:
+                raise Unfetched(
+                    f"The VS Code extension could not be built in {folder}: npm's registry is needed. What went wrong:\n{error}"
+                ) from error
+            made_of.write_text(digest)
+    return package
 
 
 @functools.cache

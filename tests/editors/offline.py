@@ -1,4 +1,5 @@
-"""python -m tests.editors.offline FOLDER: a suggestion shown and accepted in VS Code; run in a namespace without a network."""
+"""python -m tests.editors.offline FOLDER: in VS Code a suggestion shown and accepted, and code explained in the panel; run in a namespace
+without a network."""
 
 import fcntl
 import os
@@ -36,7 +37,9 @@ def main() -> None:
         code.until_ghost()
         code.press("Tab")
         code.until(lambda: "items[name]" in code.line(HOLE))
-        sys.stdout.write(code.line(HOLE))
+        code.command("DeepSeek: Explain the Selection or the Function")
+        explained = code.view.until("done")
+        sys.stdout.write(f"{code.line(HOLE)}\n{explained.inner_text()}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""The servers that an editor started."""
+"""The processes of an editor: the servers it started, and its end."""
+
+import contextlib
 
 import psutil
 
+LIMIT_S = 10.0
 
-def servers(editor: psutil.Process) -> list[psutil.Process]:
-    """Those that live, however deep below the editor's process."""
-    return [child for child in editor.children(recursive=True) if any(part.endswith("/deepseek-lsp") for part in cmdline(child))]
+
+def servers(editor: psutil.Process, name: str = "/deepseek-lsp") -> list[psutil.Process]:
+    """Those that live, however deep below the editor's process; one of their words ends with `name`."""
+    return [child for child in editor.children(recursive=True) if any(part.endswith(name) for part in cmdline(child))]
 
 
 def cmdline(process: psutil.Process) -> list[str]:
@@ -13,3 +17,14 @@ def cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:  # it has just ended
         return []
+
+
+def end(editor: psutil.Process) -> None:
+    """Ends it and all below it: node, as pip installs it, does not take its children along."""
+    family = [editor, *editor.children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(family, LIMIT_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+import psutil
+from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 from tests.editors import install
+from tests.editors.processes import end
 
 SETTINGS = {
     "chat.disableAIFeatures": True,
     "telemetry.telemetryLevel": "off",
     "workbench.startupEditor": "none",
     "workbench.colorTheme": "Default Dark Modern",
+    "workbench.preferredDarkColorTheme": "Default Dark Modern",
     "workbench.enableExperiments": False,
     "extensions.autoCheckUpdates": False,
     "extensions.ignoreRecommendations": True,
@@ -37,11 +40,12 @@ ITEM = '.statusbar-item[id^="deepseek-lsp"] a'
 STATES = f"""
     window.states = [];
     new MutationObserver(() => {{
-        const label = document.querySelector('{ITEM}')?.getAttribute('aria-label');
-        if (label && label !== window.states.at(-1)) window.states.push(label);
+        const item = document.querySelector('{ITEM}');
+        const state = item && `${{item.textContent.trim()}}: ${{item.getAttribute('aria-label')}}`;
+        if (state && state !== window.states.at(-1)) window.states.push(state);
     }}).observe(document, {{ subtree: true, childList: true, attributes: true, characterData: true }});
 """
-"""Keeps what our item in the status bar said, one after the other."""
+"""Keeps what our item in the status bar showed and said, one after the other."""
 
 
 def free_port() -> int:
@@ -52,8 +56,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Path, ...]) -> Iterator[str]:
-    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH."""
+def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Path, ...], trusts: bool = True) -> Iterator[str]:
+    """code-server on data of its own in `folder`; gives its address. `path` is the server's PATH; `trusts` says whether every workspace is
+    trusted."""
     user, extensions = folder / "user", folder / "extensions"
     (user / "User").mkdir(parents=True)
     (user / "User/settings.json").write_text(json.dumps(SETTINGS | settings))
@@ -73,14 +78,14 @@ def served(folder: Path, settings: dict[str, Any], path: str, packages: tuple[Pa
     with (folder / "code-server.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--auth", "none", "--bind-addr", address, "--disable-telemetry", "--disable-update-check",
-             "--disable-workspace-trust", "--disable-getting-started-override"],
+             "--disable-getting-started-override", *(["--disable-workspace-trust"] if trusts else [])],
             env=env, stdout=log, stderr=log,
         )  # fmt: skip
         try:
             wait_for(lambda: answers(f"http://{address}/healthz"), (folder / "code-server.log").read_text)
             yield f"http://{address}"
         finally:
-            process.terminate()
+            end(psutil.Process(process.pid))
             process.wait(20)
 
 
@@ -114,13 +119,43 @@ def browser() -> Iterator[Browser]:
             running.close()
 
 
+class View:
+    """The panel's webview: a page within a page within VS Code's."""
+
+    def __init__(self, page: Page) -> None:
+        self.frame = page.frame_locator("iframe.webview.ready").frame_locator("iframe#active-frame")
+
+    @property
+    def turns(self) -> Locator:
+        return self.frame.locator(".turn")
+
+    @property
+    def input(self) -> Locator:
+        return self.frame.locator("#text")
+
+    @property
+    def has_focus(self) -> bool:
+        """Whether what is typed goes into the panel's input."""
+        return bool(self.input.evaluate("input => document.activeElement === input && document.hasFocus()"))
+
+    def until(self, state: str, text: str = "") -> Locator:
+        """Waits for the last turn to be waiting, answering, done, stopped or failed, with `text` in it."""
+        found = self.frame.locator(f'.turn[data-state="{state}"]:last-child', has_text=text or None)
+        found.wait_for(timeout=1000 * LIMIT_S)
+        return found
+
+
 class Code:
     """One window of VS Code."""
 
     def __init__(self, page: Page, address: str, folder: Path) -> None:
         self.page, self.folder = page, folder
         self.asked: list[str] = []
+        self.view = View(page)
+        self.answered_within: set[str] = set()
+        """Addresses that never left the browser: VS Code's service worker reads the webviews' files for them."""
         page.on("request", lambda request: self.asked.append(request.url))
+        page.on("response", lambda response: response.from_service_worker and self.answered_within.add(response.url))
         page.add_init_script(STATES)
         page.goto(f"{address}/?folder={folder}")
         page.wait_for_selector(".monaco-workbench .explorer-folders-view", timeout=1000 * LIMIT_S)
@@ -145,6 +180,22 @@ class Code:
         row = self.page.locator(f'.quick-input-list .monaco-list-row:is([aria-label="{title}"], [aria-label^="{title}, "])').first
         row.wait_for()
         row.click()
+
+    def choose(self, title: str) -> None:
+        """From the menu of code actions at the cursor, which VS Code closes when diagnostics come meanwhile."""
+        row = self.page.locator(f'.action-widget .monaco-list-row:has-text("{title}")').first
+
+        def is_chosen() -> bool:
+            self.press("Control+.")
+            try:
+                row.wait_for(timeout=2000)
+                row.click(timeout=2000)
+            except Error:
+                self.press("Escape")
+                return False
+            return True
+
+        self.until(is_chosen)
 
     def go_to(self, line: int) -> None:
         """Puts the cursor at the end of a line, counted from 1."""

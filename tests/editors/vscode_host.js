@@ -5,7 +5,7 @@ const vscode = require("vscode");
 
 const OWN = "deepseek-lsp.deepseek-lsp";
 
-const tests = {
+const trusted = {
   async "every command in package.json is there once the extension is active"() {
     const extension = vscode.extensions.getExtension(OWN);
     const there = new Set(await vscode.commands.getCommands(true));
@@ -69,7 +69,36 @@ const tests = {
     });
     await until(async () => (await status()).requests.accepted === before + 1);
   },
+
+  async "the server of the selected Python environment is started, and another one once another is selected"() {
+    assert.strictEqual((await status()).settings.inline.deadline_s, 6);
+    const python = await vscode.extensions.getExtension("ms-python.python").activate();
+    python.select(given("environment"));
+    await until(async () => (await status())?.settings.inline.deadline_s === 7);
+    python.select("");
+    await until(async () => (await status())?.settings.inline.deadline_s === 6);
+  },
+
+  async "a server that the extension installs is started"() {
+    await vscode.commands.executeCommand("deepseek-lsp.install", given("wheel"));
+    await until(async () => (await status())?.settings.inline.deadline_s === 8);
+  },
 };
+
+const restricted = {
+  async "the selected environment's server is started once the workspace is trusted, and not before"() {
+    assert.ok(!vscode.workspace.isTrusted);
+    const python = await vscode.extensions.getExtension("ms-python.python").activate();
+    python.select(given("environment"));
+    await vscode.commands.executeCommand("deepseek-lsp.restart");
+    await until(async () => (await status())?.state === "ready");
+    assert.strictEqual((await status()).settings.inline.deadline_s, 6);
+    fs.writeFileSync(given("ready"), "");
+    await until(async () => vscode.workspace.isTrusted && (await status())?.settings.inline.deadline_s === 7);
+  },
+};
+
+const given = (name) => vscode.workspace.getConfiguration("tests").get(name);
 
 const status = () => vscode.commands.executeCommand("deepseek-lsp.status");
 
@@ -83,12 +112,12 @@ async function until(condition) {
 
 exports.run = async () => {
   const extension = vscode.extensions.getExtension(OWN);
-  const results = vscode.workspace.getConfiguration("tests").get("results");
+  const results = given("results");
   const found = {};
   try {
     await extension.activate();
     await until(async () => (await status())?.state === "ready");
-    for (const [name, test] of Object.entries(tests)) {
+    for (const [name, test] of Object.entries({ trusted, restricted }[given("set")])) {
       found[name] = await test().then(() => "", (error) => String(error.stack));
     }
   } catch (error) {

@@ -1,6 +1,21 @@
 /** The connection to the server: started, watched, started again after a crash; ghost text passes through here. */
 import * as vscode from "vscode";
-import { CloseAction, ErrorAction, LanguageClient, LanguageClientOptions, Trace } from "vscode-languageclient/node";
+import {
+  CloseAction,
+  ErrorAction,
+  ErrorCodes,
+  LanguageClient,
+  LanguageClientOptions,
+  Middleware,
+  ProgressToken,
+  ResponseError,
+  StaticFeature,
+  Trace,
+  WorkDoneProgressBegin,
+  WorkDoneProgressEnd,
+  WorkDoneProgressReport,
+} from "vscode-languageclient/node";
+import { Bar } from "./progress";
 import { find } from "./server";
 import { SECTION, disabledLanguages, forServer, userLevel } from "./settings";
 import { Status } from "./status";
@@ -8,6 +23,7 @@ import { Status } from "./status";
 const RESTARTS = 5;
 const FIRST_WAIT_MS = 1000;
 const CALM_MS = 60_000;
+const LOST: number[] = [ErrorCodes.PendingResponseRejected, ErrorCodes.ConnectionInactive];
 const STATES = { waiting: "loading", loading: "loading", ready: "ready", failed: "error", disabled: "off" } as const;
 
 /** The answer of deepseek/status, as far as it is shown. */
@@ -21,12 +37,39 @@ export interface ServerStatus {
   last: { shown: boolean; reason: string; cost: { computed_tokens: number; cached_tokens: number; new_tokens: number } | null };
 }
 
+/** A part of an answer, as `deepseek/stream` brings it. */
+export interface Piece {
+  id: string;
+  text?: string;
+  restart?: boolean;
+}
+
+/** Says that there is no server to ask, or that it ended before it answered. */
+export class Gone extends Error {}
+
+/** What this extension can do beside what every editor can. */
+const OWN: StaticFeature = {
+  fillClientCapabilities: (capabilities) => {
+    capabilities.experimental = { ...capabilities.experimental, deepseekLsp: { input: true } };
+  },
+  initialize: () => undefined,
+  getState: () => ({ kind: "static" }),
+  clear: () => undefined,
+};
+
 export class Server implements vscode.Disposable {
   private client: LanguageClient | undefined;
   private crashes = 0;
   private startedAt = 0;
   private restarts: Promise<void> = Promise.resolve();
   private waiting: NodeJS.Timeout | undefined;
+  private readonly started = new vscode.EventEmitter<void>();
+  private readonly streamed = new vscode.EventEmitter<Piece>();
+  readonly onDidStart = this.started.event;
+  readonly onDidStream = this.streamed.event;
+  private readonly bars = new Map<ProgressToken, Bar>();
+  /** What becomes of code actions, their commands and edits; set before the start. */
+  chosen: Middleware = {};
 
   constructor(
     private readonly context: vscode.ExtensionContext,
@@ -47,10 +90,13 @@ export class Server implements vscode.Disposable {
     this.log.info(`Starting ${found.program}`);
     const isCurrent = () => this.client === client && client.isRunning();
     const client: LanguageClient = new LanguageClient(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent));
+    client.registerFeature(OWN);
+    client.onNotification("deepseek/stream", (piece: Piece) => this.streamed.fire(piece));
     this.client = client;
     this.startedAt = Date.now();
     try {
       await client.start();
+      this.started.fire();
       await client.setTrace(Trace.fromString(vscode.workspace.getConfiguration(SECTION).get("trace.server", "off")));
       await this.refresh();
       await vscode.commands.executeCommand("setContext", "deepseek-lsp.running", true);
@@ -65,6 +111,7 @@ export class Server implements vscode.Disposable {
     clearTimeout(this.waiting);
     const client = this.client;
     this.client = undefined;
+    this.endBars();
     if (client?.isRunning()) {
       await client.stop().catch((error) => this.log.warn(`The server did not stop: ${error}`));
     }
@@ -78,6 +125,38 @@ export class Server implements vscode.Disposable {
       await this.start();
     });
     return this.restarts;
+  }
+
+  /** Asks the server; raises `Gone` when there is none, or none any more. */
+  async request<Answer>(method: string, params: unknown, stop?: vscode.CancellationToken): Promise<Answer> {
+    const client = this.client;
+    if (!client?.isRunning()) {
+      throw new Gone(`No server is running. ${this.status.sentence}`);
+    }
+    try {
+      return await this.status.during(client.sendRequest<Answer>(method, params, stop ?? new vscode.CancellationTokenSource().token));
+    } catch (error) {
+      const isLost = error instanceof ResponseError && LOST.includes(error.code);
+      throw isLost || client !== this.client || !client.isRunning() ? new Gone("The server ended before the answer did.") : error;
+    }
+  }
+
+  /** Waits while the model is being loaded. */
+  async untilLoaded(stop: vscode.CancellationToken): Promise<void> {
+    while (this.status.is === "loading" && !stop.isCancellationRequested) {
+      await new Promise<void>((resolve) => {
+        const both = vscode.Disposable.from(this.status.onDidChange(done), stop.onCancellationRequested(done));
+        function done(): void {
+          both.dispose();
+          resolve();
+        }
+      });
+    }
+  }
+
+  /** LSP's form of VS Code's values, and back. */
+  get converters(): Pick<LanguageClient, "code2ProtocolConverter" | "protocol2CodeConverter"> | undefined {
+    return this.client;
   }
 
   /** Asks the server how it stands, and shows that. */
@@ -111,7 +190,9 @@ export class Server implements vscode.Disposable {
         },
       },
       middleware: {
+        ...this.chosen,
         workspace: {
+          ...this.chosen.workspace,
           // what cannot be sent because the change itself ends the server is no error
           didChangeConfiguration: (sections, next) => next(sections).catch((error) => (isCurrent() ? Promise.reject(error) : undefined)),
           configuration: (params) => {
@@ -119,14 +200,7 @@ export class Server implements vscode.Disposable {
             return params.items.map((item) => (item.section === SECTION ? forServer(extension) : null));
           },
         },
-        handleWorkDoneProgress: (_token, value) => {
-          if (value.kind === "end") {
-            void this.refresh();
-          } else {
-            const percent = value.percentage === undefined ? "" : `${value.percentage}%`;
-            this.status.set("loading", value.message ?? "The model is loaded.", percent);
-          }
-        },
+        handleWorkDoneProgress: (token, value) => this.progress(token, value),
         provideInlineCompletionItems: async (document, position, context, token, next) => {
           if (disabledLanguages().includes(document.languageId)) {
             return [];
@@ -142,12 +216,36 @@ export class Server implements vscode.Disposable {
     };
   }
 
+  /** Work that the user can stop has a bar of its own; everything else is the model being loaded. */
+  private progress(token: ProgressToken, value: WorkDoneProgressBegin | WorkDoneProgressReport | WorkDoneProgressEnd): void {
+    const bar = this.bars.get(token);
+    if (value.kind === "begin" && value.cancellable) {
+      const begun = new Bar(value.title, () => void this.client?.sendNotification("window/workDoneProgress/cancel", { token }));
+      this.bars.set(token, begun);
+      void this.status.during(begun.ended);
+    } else if (value.kind !== "end") {
+      const percent = value.percentage === undefined ? "" : `${value.percentage}%`;
+      void (bar ? bar.report(value.message, value.percentage) : this.status.set("loading", value.message ?? "The model is loaded.", percent));
+    } else if (bar) {
+      bar.end();
+      this.bars.delete(token);
+    } else {
+      void this.refresh();
+    }
+  }
+
+  private endBars(): void {
+    this.bars.forEach((bar) => bar.end());
+    this.bars.clear();
+  }
+
   /** A server that ended by itself is started again, each time after twice the wait, and after a few times no more. */
   private ended(): void {
     if (!this.client) {
       return;
     }
     this.client = undefined;
+    this.endBars();
     this.crashes = Date.now() - this.startedAt > CALM_MS ? 1 : this.crashes + 1;
     if (this.crashes > RESTARTS) {
       this.status.set("error", `The server ended by itself ${this.crashes} times. The logs say why; it can be restarted from the menu.`);
@@ -169,5 +267,7 @@ export class Server implements vscode.Disposable {
 
   dispose(): void {
     clearTimeout(this.waiting);
+    this.started.dispose();
+    this.streamed.dispose();
   }
 }

@@ -1,7 +1,13 @@
 /** The extension: one server, one status bar item, the commands. */
 import * as vscode from "vscode";
+import { WorkspaceEdit } from "vscode-languageclient/node";
+import { Actions } from "./actions";
+import { Asked, Chat } from "./chat";
 import { Server, ServerStatus } from "./client";
-import { install } from "./server";
+import { Panel } from "./panel";
+import { Preview } from "./preview";
+import { References, editorInUse } from "./references";
+import { install, watchEnvironment } from "./server";
 import { SECTION, disabledLanguages, needsRestart, toggleLanguage } from "./settings";
 import { Status } from "./status";
 
@@ -12,6 +18,12 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
   const status = new Status();
   const running = new Server(context, log, status);
   server = running;
+  const chat = new Chat(running);
+  const references = new References();
+  const preview = new Preview();
+  const actions: Actions = new Actions(running, chat, preview, () => panel.reveal());
+  const panel = new Panel(context.extensionUri, chat, references, actions);
+  running.chosen = actions.middleware;
   const language = () => vscode.window.activeTextEditor?.document.languageId;
   const showLanguage = () => status.setLanguageOff(disabledLanguages().includes(language() ?? ""));
 
@@ -34,6 +46,27 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
         await toggleLanguage(current);
       }
     },
+    chat: () => panel.reveal(true),
+    newChat: async () => {
+      references.clear();
+      await chat.clear();
+      await panel.reveal(true);
+    },
+    stop: () => chat.stop(),
+    addToChat: async () => {
+      const editor = editorInUse();
+      if (editor) {
+        references.add(editor);
+      }
+      await panel.reveal(true);
+    },
+    explain: () => actions.explain(),
+    tests: () => actions.here("tests"),
+    docstring: () => actions.here("docstring"),
+    input: (asked: Asked, question: string) => actions.input(asked, question),
+    make: (title: string, edit: WorkspaceEdit) => actions.make(title, edit),
+    apply: () => preview.decide(true),
+    discard: () => preview.decide(false),
     install: async (source?: string) => {
       if (await install(context, source)) {
         await running.restart();
@@ -47,6 +80,11 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
     log,
     status,
     running,
+    chat,
+    references,
+    preview,
+    actions,
+    panel,
     vscode.window.onDidChangeActiveTextEditor(showLanguage),
     vscode.workspace.onDidChangeConfiguration(async (event) => {
       showLanguage();
@@ -57,6 +95,7 @@ export async function activate(context: vscode.ExtensionContext): Promise<void> 
   );
   showLanguage();
   await running.start();
+  await watchEnvironment(context, () => void running.restart());
 }
 
 export async function deactivate(): Promise<void> {
@@ -68,6 +107,7 @@ async function menu(running: Server, language: string | undefined): Promise<void
   const off = language !== undefined && disabledLanguages().includes(language);
   const enabled = vscode.workspace.getConfiguration(SECTION).get("inline.enabled", true);
   const entries: (vscode.QuickPickItem & { command: string; arguments?: unknown[] })[] = [
+    { label: "$(comment) Open the chat", command: `${SECTION}.chat` },
     { label: `$(${enabled ? "circle-slash" : "sparkle"}) Switch ghost text ${enabled ? "off" : "on"}`, command: `${SECTION}.toggle` },
     ...(language
       ? [{ label: `$(file-code) Switch ghost text ${off ? "on" : "off"} for ${language}`, command: `${SECTION}.toggleLanguage` }]

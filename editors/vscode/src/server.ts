@@ -16,15 +16,46 @@ async function isThere(file: string): Promise<boolean> {
   );
 }
 
-/** The folder of programs of the Python environment the user selected. A workspace that is not trusted may have chosen it. */
+/** The Python extension's environments, as far as they matter here. */
+interface Environments {
+  getActiveEnvironmentPath(): { path: string } | undefined;
+  onDidChangeActiveEnvironmentPath: vscode.Event<unknown>;
+}
+
+/** Where the Python extension is, and the workspace trusted: one that is not may have chosen the environment. */
+async function environments(): Promise<Environments | undefined> {
+  const python = vscode.extensions.getExtension<{ environments?: Environments }>("ms-python.python");
+  return python && vscode.workspace.isTrusted ? (await python.activate())?.environments : undefined;
+}
+
+/** The folder of programs of the Python environment the user selected. */
 async function environmentFolder(): Promise<string | undefined> {
-  const python = vscode.extensions.getExtension("ms-python.python");
-  if (!python || !vscode.workspace.isTrusted) {
-    return undefined;
-  }
-  const api = python.isActive ? python.exports : await python.activate();
-  const interpreter: string | undefined = api?.environments?.getActiveEnvironmentPath()?.path;
+  const interpreter = (await environments())?.getActiveEnvironmentPath()?.path;
   return interpreter && dirname(interpreter);
+}
+
+/** Calls back when another server is to be used: the user selected another environment, or trusts the workspace now. */
+export async function watchEnvironment(context: vscode.ExtensionContext, changed: () => void): Promise<void> {
+  let before = await environmentFolder();
+  const look = async () => {
+    const now = await environmentFolder();
+    if (now !== before) {
+      before = now;
+      changed();
+    }
+  };
+  const watch = async () => {
+    const found = await environments();
+    if (found) {
+      context.subscriptions.push(found.onDidChangeActiveEnvironmentPath(look));
+    }
+  };
+  const trusted = async () => {
+    await watch();
+    await look();
+  };
+  context.subscriptions.push(vscode.workspace.onDidGrantWorkspaceTrust(trusted));
+  await watch();
 }
 
 function ownFolder(context: vscode.ExtensionContext): string {

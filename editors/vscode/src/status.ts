@@ -12,6 +12,8 @@ export class Status implements vscode.Disposable {
   private detail = "Not started yet.";
   private asking = 0;
   private languageOff = false;
+  private readonly changed = new vscode.EventEmitter<void>();
+  readonly onDidChange = this.changed.event;
 
   constructor() {
     this.item.name = "DeepSeek";
@@ -24,6 +26,7 @@ export class Status implements vscode.Disposable {
   set(kind: Kind, detail: string, label = ""): void {
     [this.kind, this.detail, this.label] = [kind, detail, label];
     this.draw();
+    this.changed.fire();
   }
 
   setLanguageOff(off: boolean): void {
@@ -33,6 +36,11 @@ export class Status implements vscode.Disposable {
 
   get is(): Kind {
     return this.kind;
+  }
+
+  /** Why it stands as it does. */
+  get sentence(): string {
+    return this.detail;
   }
 
   /** Shows that something was asked for while `work` runs. */
@@ -59,5 +67,6 @@ export class Status implements vscode.Disposable {
 
   dispose(): void {
     this.item.dispose();
+    this.changed.dispose();
   }
 }
