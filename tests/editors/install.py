@@ -30,22 +30,29 @@ class Unfetched(Exception):
 def once(name: str, make: Callable[[Path], None]) -> Path:
     """A folder of the cache, made by `make` where it is not there, or was not finished. Raises Unfetched."""
     folder = CACHE / name
-    if not (folder / DONE).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        sys.stderr.write(f"installing {name} into {folder}\n")
-        began = time.monotonic()
-        try:
-            make(folder)
-        except (RuntimeError, OSError) as error:
-            raise Unfetched(
-                f"{name} could not be installed into {folder}, so its tests cannot run. Debian's mirror ({MIRROR}), npm's registry, apt-get"
-                " and a C++ compiler are needed, once; then run `make test-editors` again. `make test` needs none of them. What went"
-                f" wrong:\n{error}"
-            ) from error
-        sys.stderr.write(f"installed {name} in {time.monotonic() - began:.0f} s\n")
-        (folder / DONE).touch()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds it there
+        if not (folder / DONE).exists():
+            fetched(folder, make)
     return folder
+
+
+def fetched(folder: Path, make: Callable[[Path], None]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    sys.stderr.write(f"installing {folder.name} into {folder}\n")
+    began = time.monotonic()
+    try:
+        make(folder)
+    except (RuntimeError, OSError) as error:
+        raise Unfetched(
+            f"{folder.name} could not be installed into {folder}, so its tests cannot run. Debian's mirror ({MIRROR}), npm's registry,"
+            " apt-get and a C++ compiler are needed, once; then run `make test-editors` again. `make test` needs none of them. What went"
+            f" wrong:\n{error}"
+        ) from error
+    sys.stderr.write(f"installed {folder.name} in {time.monotonic() - began:.0f} s\n")
+    (folder / DONE).touch()
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
