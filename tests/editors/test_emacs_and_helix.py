@@ -15,7 +15,8 @@ REPOSITORY = Path(__file__).parents[2]
 PATH = f"{install.SCRIPTS}:{os.environ['PATH']}"
 ACCEPTED = re.compile(r"^ *(24 )? *return self\.items\[name\]$", re.MULTILINE)
 DOCUMENTED = re.compile(r"def add\(self, item: Item\) -> None:\n[ \d●┃│~]*\"\"\"")
-MENU = re.compile(r" (Make the|Simplify the|Review the|Explain|Document|Write tests|Complete)[ \w]+ ")
+FIRST = "Make the selection faster"
+"""What stands at the top of the menu of actions."""
 INIT = """
 (dolist (folder (file-expand-wildcards "{packages}/*")) (add-to-list 'load-path folder))
 (add-to-list 'load-path "{client}")
@@ -92,9 +93,9 @@ def test_helix_has_the_suggestion_in_its_menu(helix: Terminal):
 
 def test_helix_makes_the_change_of_a_code_action(helix: Terminal):
     helix.press("20G a")
-    menu = [line for line in helix.shows("Document add").splitlines() if MENU.search(line)]
-    down = next(row for row, line in enumerate(menu) if "Document add" in line)
-    helix.press("\x0e" * (down + 1) + "\r")
+    rows = helix.until(lambda screen: FIRST in screen and "Document add" in screen).splitlines()
+    first, wanted = (next(number for number, row in enumerate(rows) if title in row) for title in (FIRST, "Document add"))
+    helix.press("\x0e" * (wanted - first + 1) + "\r")
     helix.until(lambda screen: bool(DOCUMENTED.search(screen)))
 
 

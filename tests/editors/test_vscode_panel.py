@@ -126,7 +126,7 @@ def code(opened: Code) -> Code:
 
 def undo(code: Code) -> None:
     """Once the editor has the focus again."""
-    code.until(lambda: code.page.evaluate("Boolean(document.activeElement.closest('.editor-instance'))"))
+    code.until_editor_has_focus()
     code.press("Control+z")
 
 

@@ -204,7 +204,12 @@ class Code:
         self.page.keyboard.type(str(line))
         self.page.keyboard.press("Enter")
         self.page.wait_for_selector(".quick-input-widget", state="hidden")
+        self.until_editor_has_focus()
         self.page.keyboard.press("End")
+
+    def until_editor_has_focus(self) -> None:
+        """Keys before that are lost."""
+        self.until(lambda: self.page.evaluate("Boolean(document.activeElement.closest('.editor-instance'))"))
 
     def type(self, text: str) -> None:
         self.page.keyboard.type(text)
