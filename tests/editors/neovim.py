@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.editors.terminal import LIMIT_S, Terminal
 
 REPOSITORY = Path(__file__).parents[2]
 PLUGIN = REPOSITORY / "editors/neovim"
+INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
 INIT = """
 vim.o.swapfile, vim.o.shada, vim.o.laststatus, vim.o.more, vim.o.cmdheight = false, "", 2, false, 3
 vim.o.statusline = "%t %m %= %{%v:lua.state()%} "
@@ -107,6 +109,16 @@ class Neovim:
     def until_ghost(self) -> str:
         found: str = self.until(lambda: self.ghost)
         return found
+
+    @contextmanager
+    def warm(self) -> Iterator["Neovim"]:
+        """Itself, once the model is loaded; closed in the end."""
+        try:
+            self.open("warm.py", INVENTORY)
+            self.until_ready()
+            yield self
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._nvim.close()

@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from tests.editors import install, processes
-from tests.editors.neovim import ENTER, ESCAPE, PLUGIN, REPOSITORY, TAB, Neovim
+from tests.editors.neovim import ENTER, ESCAPE, INVENTORY, PLUGIN, TAB, Neovim
 
-INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
 HOLE = 23
 """The line of the inventory that is empty, counted from 0."""
 WORD, LINE = f"{ESCAPE}w", f"{ESCAPE}l"
@@ -28,13 +27,8 @@ vim.api.nvim_create_autocmd("LspProgress", { callback = vim.schedule_wrap(functi
 
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def neovim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    editor = Neovim(tmp_path_factory.mktemp("neovim"), request.param, before=RECORDED)
-    try:
-        editor.open("warm.py", INVENTORY)
-        editor.until_ready()
+    with Neovim(tmp_path_factory.mktemp("neovim"), request.param, before=RECORDED).warm() as editor:
         yield editor
-    finally:
-        editor.close()
 
 
 def start_typing(neovim: Neovim, name: str, typed: str = "r") -> str:

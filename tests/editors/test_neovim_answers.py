@@ -1,7 +1,6 @@
 """What the plugin shows of the model's answers, in Neovim 0.12 and 0.10: explain, changes by command, chat. With the real server and the
 starter, and where the words must be known with a server whose model says what stands here."""
 
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.editors.neovim import ENTER, ESCAPE, REPOSITORY, Neovim
+from tests.editors.neovim import ENTER, ESCAPE, INVENTORY, Neovim
 
-INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
 ADD = 20
 """The line of the inventory, counted from 1, in which `add` begins."""
 SEND = "\x13"
@@ -43,24 +41,14 @@ SUITES = pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.1
 
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def starter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    with running(Neovim(tmp_path_factory.mktemp("neovim"), request.param)) as editor:
+    with Neovim(tmp_path_factory.mktemp("neovim"), request.param).warm() as editor:
         yield editor
 
 
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def scripted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    with running(Neovim(tmp_path_factory.mktemp("neovim"), request.param, {"cmd": SCRIPTED})) as editor:
+    with Neovim(tmp_path_factory.mktemp("neovim"), request.param, {"cmd": SCRIPTED}).warm() as editor:
         yield editor
-
-
-@contextlib.contextmanager
-def running(editor: Neovim) -> Iterator[Neovim]:
-    try:
-        editor.open("warm.py", INVENTORY)
-        editor.until_ready()
-        yield editor
-    finally:
-        editor.close()
 
 
 def at_add(neovim: Neovim, command: str, name: str = "inventory.py") -> None:
@@ -324,7 +312,7 @@ def test_an_action_by_its_name_in_the_chat_shows_its_change(scripted: Neovim):
 
 @SUITES
 def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_the_new_one(tmp_path: Path, suite: str):
-    with running(Neovim(tmp_path, suite, {"cmd": SCRIPTED})) as neovim:
+    with Neovim(tmp_path, suite, {"cmd": SCRIPTED}).warm() as neovim:
         at_add(neovim, "DeepseekChat Who are you?")
         until_chat(neovim, "A model.")
         neovim.terminal.press(f"Think{SEND}")
@@ -343,7 +331,7 @@ def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_t
 @SUITES
 def test_fill_writes_where_the_cursors_line_ends(tmp_path: Path, suite: str):
     command = [sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["return self.items[name]"]})]
-    with running(Neovim(tmp_path, suite, {"cmd": command})) as neovim:
+    with Neovim(tmp_path, suite, {"cmd": command}).warm() as neovim:
         neovim.open("hole.py", INVENTORY)
         neovim.until_attached()
         neovim.terminal.press(f"{ESCAPE}:24{ENTER}:DeepseekFill{ENTER}")
