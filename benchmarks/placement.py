@@ -1,11 +1,11 @@
-"""python -m benchmarks.placement [--shape mid|tiny] [--device cpu]: what loading takes, and what each format and number of ranks gives.
+"""python -m benchmarks.placement [--shape mid|tiny] [--device cpu|cuda:0]: what loading takes, and what each format and number of ranks gives.
 
 A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
-the process at most while loading over what the weights take, the time over that of a plain read of the files (from the system's cache, as
-the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then the plain torch model
-with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the bandwidth that the
-same run measures. Last the same model with its layers in 2 and 4 parts, one after the other in one process. NF4 is measured by
-benchmarks.formats.
+the process (of a GPU: of the card) at most while loading over what the weights take, the time over that of a plain read of the files
+(from the system's cache, as the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then
+the plain torch model with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the
+bandwidth that the same run measures there. Last the same model with its layers in 2 and 4 parts, one after the other in one process. NF4
+is measured by benchmarks.formats.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.engine import MID, TINY, in_own_process, read_bytes_per_s
+from benchmarks.gpu import device_seconds
 from benchmarks.report import Goal, report
 from model_host.batch import Span, Step
 from model_host.catalogue import Precision
@@ -116,6 +117,8 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
     load_s = time.perf_counter() - started
     loaded.set()
     sampler.join()
+    if model.device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(model.device)
     pages = pages_for(CONTEXT_TOKENS)
     latents = model.pool(pages) if isinstance(model, LayeredModel) else LatentPool(model.config, pages, model.latent_dtype, model.device)
     for part in latents.parts if isinstance(latents, LayeredPool) else (latents,):
@@ -135,6 +138,13 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
         "weights_mb": model.weight_bytes / 1e6,
         "decode_tokens_per_s": 1 / sorted(times)[STEPS // 2],
     }
+
+
+def gpu_read_bytes_per_s() -> float:
+    """How fast a GPU's memory is: 2 GiB are read and written."""
+    numbers = torch.ones(1 << 29, device="cuda")
+    copy = torch.empty_like(numbers)
+    return 2 * numbers.nbytes / device_seconds(numbers.device, lambda: copy.copy_(numbers))
 
 
 def alone(load: Callable[[], StepModel]) -> dict[str, float]:
@@ -177,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = written(Path(place) / "checkpoint", config)
         read_s = min(plain_read_s(folder, config) for _ in range(3))
-        bandwidth = in_own_process(read_bytes_per_s)
+        bandwidth = in_own_process(read_bytes_per_s if arguments.device == "cpu" else gpu_read_bytes_per_s)
         metrics |= {"plain_read_s": read_s, "bandwidth_gb_per_s": bandwidth / 1e9}
         forms: dict[str, Callable[[str], Callable[[], StepModel]]] = {
             "torch": lambda kind: partial(spread, folder, kind, arguments.device, 1, "torch")
