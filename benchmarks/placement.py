@@ -1,4 +1,4 @@
-"""python -m benchmarks.placement [--shape mid|tiny] [--device cpu|cuda:0]: what loading takes, and what each format and number of ranks gives.
+"""python -m benchmarks.placement [--shape mid|tiny] [--device cuda:0]: what loading takes, and what each format and number of ranks gives.
 
 A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
 the process (of a GPU: of the card) at most while loading over what the weights take, the time over that of a plain read of the files
