@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from typing import Any
 import pynvim
 
 from tests.editors import install
-from tests.editors.terminal import LIMIT_S, Terminal
+from tests.editors.processes import LIMIT_S
+from tests.editors.terminal import Terminal
 
 REPOSITORY = Path(__file__).parents[2]
 PLUGIN = REPOSITORY / "editors/neovim"
 INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
+HOLE = 23
+"""The line of the inventory that is empty, counted from 0."""
 INIT = """
 vim.o.swapfile, vim.o.shada, vim.o.laststatus, vim.o.more, vim.o.cmdheight = false, "", 2, false, 3
 vim.o.statusline = "%t %m %= %{%v:lua.state()%} "
@@ -29,6 +33,11 @@ vim.opt.runtimepath:prepend({plugin})
 require("deepseek_lsp").setup(vim.json.decode({options}))
 """
 TAB, ESCAPE, ENTER = "\t", "\x1b", "\r"
+
+
+def server_saying(**script: Any) -> list[str]:
+    """A server whose model says what `tests.scripted` is told."""
+    return [sys.executable, "-m", "tests.scripted", json.dumps(script)]
 
 
 class Neovim:
@@ -123,3 +132,11 @@ class Neovim:
     def close(self) -> None:
         self._nvim.close()
         self.terminal.close()
+
+
+def start_typing(neovim: Neovim, name: str, typed: str = "r") -> str:
+    """Opens the inventory, types into its hole, gives the ghost text."""
+    neovim.open(name, INVENTORY)
+    neovim.until_attached()
+    neovim.terminal.press(f"{HOLE + 1}GA{typed}")
+    return neovim.until_ghost()

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-LIMIT_S = 30.0
+from tests.editors.processes import LIMIT_S
+
 REMOTE_FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 

@@ -1,15 +1,13 @@
 """What the plugin shows of the model's answers, in Neovim 0.12 and 0.10: explain, changes by command, chat. With the real server and the
 starter, and where the words must be known with a server whose model says what stands here."""
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.editors.neovim import ENTER, ESCAPE, INVENTORY, Neovim
+from tests.editors.neovim import ENTER, ESCAPE, INVENTORY, Neovim, server_saying
 
 ADD = 20
 """The line of the inventory, counted from 1, in which `add` begins."""
@@ -35,7 +33,7 @@ ANSWERS = {
     "Who are you": ["A ", "model."],
     "Think": ["I ", "think", None],
 }
-SCRIPTED = [sys.executable, "-m", "tests.scripted", json.dumps({"answers": ANSWERS, "step_s": 0.01})]
+SCRIPTED = server_saying(answers=ANSWERS, step_s=0.01)
 SUITES = pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.10"])
 
 
@@ -330,8 +328,7 @@ def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_t
 
 @SUITES
 def test_fill_writes_where_the_cursors_line_ends(tmp_path: Path, suite: str):
-    command = [sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["return self.items[name]"]})]
-    with Neovim(tmp_path, suite, {"cmd": command}).warm() as neovim:
+    with Neovim(tmp_path, suite, {"cmd": server_saying(pieces=["return self.items[name]"])}).warm() as neovim:
         neovim.open("hole.py", INVENTORY)
         neovim.until_attached()
         neovim.terminal.press(f"{ESCAPE}:24{ENTER}:DeepseekFill{ENTER}")

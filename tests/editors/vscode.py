@@ -16,7 +16,7 @@ import psutil
 from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 from tests.editors import install
-from tests.editors.processes import end
+from tests.editors.processes import LIMIT_S, end
 
 SETTINGS = {
     "chat.disableAIFeatures": True,
@@ -35,7 +35,6 @@ SETTINGS = {
     "security.workspace.trust.enabled": False,
 }
 GHOST = ".ghost-text, .ghost-text-decoration, .ghost-text-decoration-preview"
-LIMIT_S = 30.0
 ITEM = '.statusbar-item[id^="deepseek-lsp"] a'
 STATES = f"""
     window.states = [];
