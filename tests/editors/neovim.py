@@ -27,6 +27,10 @@ function _G.state() -- plugin managers may load the plugin later
   local is_there, plugin = pcall(require, "deepseek_lsp")
   return is_there and plugin.statusline() or ""
 end
+_G.states = {}
+vim.api.nvim_create_autocmd({ "LspProgress", "LspRequest" }, {
+  callback = vim.schedule_wrap(function() table.insert(_G.states, _G.state()) end),
+})
 """
 SETUP = """
 vim.opt.runtimepath:prepend({plugin})
@@ -92,6 +96,26 @@ class Neovim:
     def until_attached(self) -> None:
         """Neovim asks nothing for keys that come before the server knows the buffer."""
         self.until(lambda: self.lua("return #vim.lsp.get_clients({ name = 'deepseek_lsp', bufnr = 0 })"))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the server says of itself."""
+        found: dict[str, Any] = self.lua(
+            """
+            local limit_ms, status = ...
+            require("deepseek_lsp.server").request("deepseek/status", nil, function(_, answer) status = answer end)
+            vim.wait(limit_ms, function() return status end, 10)
+            return status
+            """,
+            int(1000 * LIMIT_S),
+        )
+        return found
+
+    @property
+    def states(self) -> list[str]:
+        """What the statusline said, one after the other, whenever the server was asked or told how far it is."""
+        found: list[str] = self.lua("return _G.states")
+        return found
 
     @property
     def buffer(self) -> list[str]:

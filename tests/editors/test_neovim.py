@@ -14,15 +14,9 @@ from tests.editors.neovim import ENTER, ESCAPE, HOLE, INVENTORY, TAB, Neovim, st
 WORD, LINE = f"{ESCAPE}w", f"{ESCAPE}l"
 
 
-RECORDED = """
-_G.states = {}
-vim.api.nvim_create_autocmd("LspProgress", { callback = vim.schedule_wrap(function() table.insert(_G.states, _G.state()) end) })
-"""
-
-
 @pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
 def neovim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    with Neovim(tmp_path_factory.mktemp("neovim"), request.param, before=RECORDED).warm() as editor:
+    with Neovim(tmp_path_factory.mktemp("neovim"), request.param).warm() as editor:
         yield editor
 
 
@@ -37,20 +31,14 @@ def test_what_is_typed_brings_ghost_text_on_the_screen_and_tab_takes_it(neovim: 
 
 
 def test_the_statusline_says_how_much_is_loaded(neovim: Neovim):
-    states = neovim.lua("return _G.states")
+    states = neovim.states
     shares = [int(state.removeprefix("deepseek ").removesuffix("%%")) for state in states if state.endswith("%%")]
-    assert shares and shares == sorted(shares), states
+    assert max(shares) > 0 and shares == sorted(shares), states
 
 
 def test_an_accepted_suggestion_is_counted_by_the_server(neovim: Neovim):
     def accepted() -> int:
-        count: int = neovim.lua("""
-            local count
-            require("deepseek_lsp.server").request("deepseek/status", nil, function(_, status) count = status.requests.accepted end)
-            vim.wait(5000, function() return count end, 10)
-            return count
-        """)
-        return count
+        return int(neovim.status["requests"]["accepted"])
 
     before = accepted()
     start_typing(neovim, "counted.py")
@@ -62,7 +50,7 @@ def test_alt_w_takes_a_word_and_the_rest_stays_to_be_taken(neovim: Neovim):
     start_typing(neovim, "word.py")
     neovim.terminal.press(WORD)
     neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "return")
-    assert neovim.until(lambda: neovim.ghost).startswith(" self.items[name]")
+    neovim.until(lambda: neovim.ghost.startswith(" self.items[name]"))
     neovim.terminal.press(WORD)
     neovim.until(lambda: neovim.buffer[HOLE] == " " * 8 + "return self")
 
@@ -105,21 +93,11 @@ def test_status_says_what_runs_and_why_nothing_was_shown(neovim: Neovim):
     neovim.lua("vim.bo.filetype = 'python'")
     neovim.until_attached()
     neovim.terminal.press("A!")
-    neovim.until(lambda: "file of secrets" in described(neovim))
+    neovim.until(lambda: "file of secrets" in neovim.status["last"]["reason"])
     neovim.terminal.press(f"{ESCAPE}:DeepseekStatus{ENTER}")
     screen = neovim.terminal.shows("file of secrets")
     assert "23.8 M parameters" in screen
     neovim.terminal.press("q")
-
-
-def described(neovim: Neovim) -> str:
-    reason: str = neovim.lua("""
-        local reason
-        require("deepseek_lsp.server").request("deepseek/status", nil, function(_, status) reason = status.last.reason end)
-        vim.wait(5000, function() return reason end, 10)
-        return reason
-    """)
-    return reason
 
 
 def test_toggle_switches_ghost_text_off_and_on_again(neovim: Neovim):

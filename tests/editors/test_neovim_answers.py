@@ -94,23 +94,14 @@ def until_chat(neovim: Neovim, words: str, count: int = 1) -> str:
     return str(neovim.until(lambda: (text := chat(neovim)).count(words) >= count and text))
 
 
-def cost_of_last(neovim: Neovim) -> dict[str, int]:
-    cost: dict[str, int] = neovim.lua("""
-        local cost
-        require("deepseek_lsp.server").request("deepseek/status", nil, function(_, status) cost = status.action.cost end)
-        vim.wait(5000, function() return cost end, 10)
-        return cost
-    """)
-    return cost
-
-
 def test_explain_streams_into_a_window_on_the_screen(starter: Neovim, pictures: Path):
+    before = len(starter.states)
     at_add(starter, "DeepseekExplain")
-    starter.terminal.shows("deepseek busy")
     screen = starter.terminal.shows("c asks on in the chat")
     assert "Explain add" in screen and "q closes" in screen
     assert len(floating(starter)) > 20
     starter.terminal.shows("deepseek ready")
+    assert "deepseek busy" in starter.states[before:]
     starter.terminal.draw(pictures / "neovim-explain.svg", "Neovim")
     starter.terminal.press("q")
     until_closed(starter)
@@ -123,7 +114,7 @@ def test_the_chat_asks_and_answers_and_the_server_remembers_the_turn_before(star
     starter.terminal.press("What does this do?" + SEND)
     until_chat(starter, "> About inventory.py, lines 20 to 21\n\n### DeepSeek\n\n")
     starter.until_ready()
-    first = cost_of_last(starter)
+    first = starter.status["action"]["cost"]
     starter.terminal.draw(pictures / "neovim-chat.svg", "Neovim")
     starter.terminal.press(f"And why?{ESCAPE}{ENTER}")
     until_chat(starter, "And why?\n\n### DeepSeek\n\n")
@@ -132,7 +123,7 @@ def test_the_chat_asks_and_answers_and_the_server_remembers_the_turn_before(star
     starter.terminal.press("aWho?" + SEND)
     until_chat(starter, "Who?\n\n### DeepSeek\n\n")
     starter.until_ready()
-    assert cost_of_last(starter)["cached_tokens"] >= first["cached_tokens"] + first["computed_tokens"] - 1
+    assert starter.status["action"]["cost"]["cached_tokens"] >= first["cached_tokens"] + first["computed_tokens"] - 1
 
 
 def test_document_puts_a_docstring_below_the_header_and_u_takes_it_back(starter: Neovim):

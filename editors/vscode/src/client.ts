@@ -57,6 +57,13 @@ const OWN: StaticFeature = {
   clear: () => undefined,
 };
 
+/** Leaves it to `Server` to tell the user that it could not start. */
+class Client extends LanguageClient {
+  override error(message: string, data?: unknown, show: boolean | "force" = true): void {
+    super.error(message, data, this.isRunning() && show);
+  }
+}
+
 export class Server implements vscode.Disposable {
   private client: LanguageClient | undefined;
   private crashes = 0;
@@ -83,13 +90,16 @@ export class Server implements vscode.Disposable {
     if ("missing" in found) {
       this.status.set("error", found.missing);
       this.log.error(found.missing);
-      void this.offerInstall(found.missing);
+      void this.offer(found.missing, {
+        "Install...": [`${SECTION}.install`],
+        "Set the Path": ["workbench.action.openSettings", `${SECTION}.server.path`],
+      });
       return;
     }
     this.status.set("loading", `Starting ${found.program}.`);
     this.log.info(`Starting ${found.program}`);
     const isCurrent = () => this.client === client && client.isRunning();
-    const client: LanguageClient = new LanguageClient(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent));
+    const client: Client = new Client(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent));
     client.registerFeature(OWN);
     client.onNotification("deepseek/stream", (piece: Piece) => this.streamed.fire(piece));
     this.client = client;
@@ -102,7 +112,7 @@ export class Server implements vscode.Disposable {
       await vscode.commands.executeCommand("setContext", "deepseek-lsp.running", true);
     } catch (error) {
       if (this.client === client) {
-        this.status.set("error", `The server did not start: ${error instanceof Error ? error.message : error}`);
+        this.gaveUp(`The server did not start: ${error instanceof Error ? error.message : error}`);
       }
     }
   }
@@ -248,7 +258,7 @@ export class Server implements vscode.Disposable {
     this.endBars();
     this.crashes = Date.now() - this.startedAt > CALM_MS ? 1 : this.crashes + 1;
     if (this.crashes > RESTARTS) {
-      this.status.set("error", `The server ended by itself ${this.crashes} times. The logs say why; it can be restarted from the menu.`);
+      this.gaveUp(`The server ended by itself ${this.crashes} times and is not started again. The logs say why.`);
       return;
     }
     const wait = FIRST_WAIT_MS * 2 ** (this.crashes - 1);
@@ -256,12 +266,18 @@ export class Server implements vscode.Disposable {
     this.waiting = setTimeout(() => void this.start(), wait);
   }
 
-  private async offerInstall(missing: string): Promise<void> {
-    const chosen = await vscode.window.showErrorMessage(missing, "Install...", "Set the Path");
-    if (chosen === "Install...") {
-      await vscode.commands.executeCommand("deepseek-lsp.install");
-    } else if (chosen) {
-      await vscode.commands.executeCommand("workbench.action.openSettings", "deepseek-lsp.server.path");
+  /** Says that nothing more happens by itself, and offers what the user can do. */
+  private gaveUp(why: string): void {
+    this.status.set("error", why);
+    this.log.error(why);
+    void this.offer(`DeepSeek: ${why}`, { "Restart the Server": [`${SECTION}.restart`], "Show the Logs": [`${SECTION}.logs`] });
+  }
+
+  /** An error with buttons that run commands. */
+  private async offer(why: string, ways: Record<string, [command: string, ...given: string[]]>): Promise<void> {
+    const chosen = await vscode.window.showErrorMessage(why, ...Object.keys(ways));
+    if (chosen) {
+      await vscode.commands.executeCommand(...ways[chosen]);
     }
   }
 
