@@ -44,6 +44,18 @@ def server_saying(**script: Any) -> list[str]:
     return [sys.executable, "-m", "tests.scripted", json.dumps(script)]
 
 
+def attached(socket: Path) -> pynvim.Nvim:
+    """The editor that listens there; its file is there before anybody listens."""
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            return pynvim.attach("socket", path=str(socket))
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 class Neovim:
     def __init__(
         self, folder: Path, suite: str = "forky", options: dict[str, Any] | None = None, before: str = "", setup: str = SETUP
@@ -66,8 +78,7 @@ class Neovim:
         }
         nvim = str(root / "usr/bin/nvim")
         self.terminal = Terminal(nvim, "-u", str(init), "-i", "NONE", "--listen", str(socket), cwd=folder, env=env)
-        self.terminal.until(lambda screen: socket.exists())
-        self._nvim = pynvim.attach("socket", path=str(socket))
+        self._nvim = attached(socket)
         self.until(lambda: self.lua("return vim.v.vim_did_enter") == 1)
 
     def lua(self, code: str, *arguments: Any) -> Any:

@@ -52,8 +52,8 @@ def emacs(project: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_emacs_shows_ghost_text_that_tab_takes_and_makes_the_change_of_a_code_action(emacs: Terminal, pictures: Path):
-    emacs.shows("class Inventory")
-    emacs.press_until("\x1bxdeepseek-lsp-status\r", "deepseek-lsp is ready")
+    emacs.shows("LSP[deepseek-lsp:")
+    emacs.press_until("\x07\x1bxdeepseek-lsp-status\r", "deepseek-lsp is ready")
     emacs.press("\x1bgg24\r\x05r")
     emacs.shows("return self.items[name]")
     emacs.draw(pictures / "emacs.svg", "Emacs")

@@ -184,7 +184,7 @@ def test_a_server_that_keeps_dying_is_given_up_and_a_button_starts_it_again(code
     program.chmod(0o755)
     before = len(code.states)
     (code.folder.parent / "user/Machine/settings.json").write_text(json.dumps({"deepseek-lsp.server.path": str(program)}))
-    toast = code.page.locator('.notification-toast:has-text("ended by itself 6 times")')
+    toast = code.page.locator('.notification-toast:has-text("(6 times) and is not started again")')
     toast.wait_for()
     waits = [wait for state in code.states[before:] for wait in re.findall(r"started again in (\d+) s", state)]
     assert list(dict.fromkeys(waits)) == ["1", "2", "4", "8", "16"]
@@ -313,7 +313,7 @@ def test_inside_the_extension_host(window: Browser, tmp_path: Path):
     results = tmp_path / "results.json"
     given = {"results": results, "environment": environment(tmp_path / "environment", 7), "wheel": wheel(tmp_path, 8)}
     with host(window, tmp_path, {"set": "trusted", **given}):
-        assert len(found_in(results)) >= 8
+        assert len(found_in(results)) >= 7
 
 
 def test_a_workspace_that_is_not_trusted_does_not_choose_the_server_until_it_is(window: Browser, tmp_path: Path):

@@ -99,7 +99,8 @@ export class Server implements vscode.Disposable {
     this.status.set("loading", `Starting ${found.program}.`);
     this.log.info(`Starting ${found.program}`);
     const isCurrent = () => this.client === client && client.isRunning();
-    const client: Client = new Client(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent));
+    const ended = () => this.ended(client, "The server ended by itself");
+    const client: Client = new Client(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent, ended));
     client.registerFeature(OWN);
     client.onNotification("deepseek/stream", (piece: Piece) => this.streamed.fire(piece));
     this.client = client;
@@ -111,8 +112,10 @@ export class Server implements vscode.Disposable {
       await this.refresh();
       await vscode.commands.executeCommand("setContext", "deepseek-lsp.running", true);
     } catch (error) {
-      if (this.client === client) {
-        this.gaveUp(`The server did not start: ${error instanceof Error ? error.message : error}`);
+      if (!client.isRunning()) {
+        this.ended(client, "The server did not start");
+      } else if (this.client === client) {
+        this.status.set("error", `The server does not say how it stands: ${error instanceof Error ? error.message : error}`);
       }
     }
   }
@@ -185,7 +188,7 @@ export class Server implements vscode.Disposable {
     return answer;
   }
 
-  private options(isCurrent: () => boolean): LanguageClientOptions {
+  private options(isCurrent: () => boolean, ended: () => void): LanguageClientOptions {
     const extension = this.context.extension;
     return {
       documentSelector: [{ scheme: "file" }, { scheme: "untitled" }],
@@ -195,7 +198,7 @@ export class Server implements vscode.Disposable {
       errorHandler: {
         error: () => ({ action: ErrorAction.Continue, handled: true }),
         closed: () => {
-          this.ended();
+          ended();
           return { action: CloseAction.DoNotRestart, handled: true };
         },
       },
@@ -249,28 +252,23 @@ export class Server implements vscode.Disposable {
     this.bars.clear();
   }
 
-  /** A server that ended by itself is started again, each time after twice the wait, and after a few times no more. */
-  private ended(): void {
-    if (!this.client) {
-      return;
+  /** A server that went on its own is started again, each time after twice the wait, and after a few times no more. */
+  private ended(client: Client, how: string): void {
+    if (this.client !== client) {
+      return; // it was stopped, or a start that failed was heard of already
     }
     this.client = undefined;
     this.endBars();
     this.crashes = Date.now() - this.startedAt > CALM_MS ? 1 : this.crashes + 1;
     if (this.crashes > RESTARTS) {
-      this.gaveUp(`The server ended by itself ${this.crashes} times and is not started again. The logs say why.`);
+      const why = `${how} (${this.crashes} times) and is not started again. The logs say why.`;
+      this.status.set("error", why);
+      void this.offer(`DeepSeek: ${why}`, { "Restart the Server": [`${SECTION}.restart`], "Show the Logs": [`${SECTION}.logs`] });
       return;
     }
     const wait = FIRST_WAIT_MS * 2 ** (this.crashes - 1);
-    this.status.set("error", `The server ended by itself and is started again in ${wait / 1000} s.`);
+    this.status.set("error", `${how} and is started again in ${wait / 1000} s.`);
     this.waiting = setTimeout(() => void this.start(), wait);
-  }
-
-  /** Says that nothing more happens by itself, and offers what the user can do. */
-  private gaveUp(why: string): void {
-    this.status.set("error", why);
-    this.log.error(why);
-    void this.offer(`DeepSeek: ${why}`, { "Restart the Server": [`${SECTION}.restart`], "Show the Logs": [`${SECTION}.logs`] });
   }
 
   /** An error with buttons that run commands. */
