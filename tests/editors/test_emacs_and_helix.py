@@ -26,6 +26,7 @@ INIT = """
 (require 'deepseek-lsp)
 (setq deepseek-lsp-command '("env" "-u" "LD_LIBRARY_PATH" "deepseek-lsp"))
 (add-hook 'prog-mode-hook #'deepseek-lsp-start)
+(global-set-key (kbd "C-c s") #'deepseek-lsp-status)
 """
 
 
@@ -53,7 +54,7 @@ def emacs(project: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 def test_emacs_shows_ghost_text_that_tab_takes_and_makes_the_change_of_a_code_action(emacs: Terminal, pictures: Path):
     emacs.shows("LSP[deepseek-lsp:")
-    emacs.press_until("\x07\x1bxdeepseek-lsp-status\r", "deepseek-lsp is ready")
+    emacs.press_until("\x03s", "deepseek-lsp is ready")
     emacs.press("\x1bgg24\r\x05r")
     emacs.shows("return self.items[name]")
     emacs.draw(pictures / "emacs.svg", "Emacs")
