@@ -19,6 +19,7 @@ FIRST = "Make the selection faster"
 """What stands at the top of the menu of actions."""
 INIT = """
 (dolist (folder (file-expand-wildcards "{packages}/*")) (add-to-list 'load-path folder))
+(dolist (file (file-expand-wildcards "{packages}/*/*-autoloads.el")) (load file nil t)) ; as the package manager does
 (add-to-list 'load-path "{client}")
 (setq make-backup-files nil auto-save-default nil inhibit-startup-screen t create-lockfiles nil native-comp-deferred-compilation nil
       lsp-session-file "{folder}/session" lsp-auto-guess-root t lsp-enable-suggest-server-download nil lsp-client-packages nil
