@@ -31,10 +31,10 @@ $(EDITORS_INSTALLED): $(INSTALLED)
 
 test-editors: $(EDITORS_INSTALLED)
 	$(BIN)/python -m tests.editors.install
-	$(BIN)/python -m pytest tests/editors
+	$(BIN)/python -m pytest -rs --timeout 300 tests/editors
 
 pictures: $(EDITORS_INSTALLED)
-	EDITORS_PICTURES=docs/pictures $(BIN)/python -m pytest tests/editors -k "(tab or menu_switches or not_there or on_the_screen or remembers or goes_to_the_cursor) and not 0.10"
+	EDITORS_PICTURES=docs/pictures $(BIN)/python -m pytest tests/editors -k "(tab or menu_switches or not_there or on_the_screen or remembers or goes_to_the_cursor or lsp4ij_asks) and not 0.10"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -108,6 +108,8 @@ class Connection(LanguageServer):
         self.asked = self.shown = self.accepted = 0
         self.written = 0
         """Suggestions that were found written: what is known of clients that never run an item's command, such as LSP4IJ."""
+        self.found_written: Answer | None = None
+        """The last of them; one that is taken back and written again does not count twice."""
         self.memory = Memory()
         self.actions, wrong = library.load(user_file().parent / "actions")
         self.problems += wrong

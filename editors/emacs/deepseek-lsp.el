@@ -50,9 +50,14 @@
 (defun deepseek-lsp-status ()
   "Say how the server stands, and why nothing was shown."
   (interactive)
-  (let* ((status (with-lsp-workspace (lsp-find-workspace 'deepseek-lsp nil)
-                   (lsp-request "deepseek/status" nil)))
-         (reason (lsp-get (lsp-get status :last) :reason)))
+  (let ((workspace (lsp-find-workspace 'deepseek-lsp nil)))
+    (if (and workspace (eq (lsp--workspace-status workspace) 'initialized))
+        (deepseek-lsp--say (with-lsp-workspace workspace (lsp-request "deepseek/status" nil)))
+      (message (if workspace "deepseek-lsp is being started." "deepseek-lsp does not run here: M-x deepseek-lsp-start")))))
+
+(defun deepseek-lsp--say (status)
+  "Say in a message what the server's STATUS is."
+  (let ((reason (lsp-get (lsp-get status :last) :reason)))
     (message "deepseek-lsp is %s. %s%s" (lsp-get status :state) (lsp-get status :message)
              (if (string-empty-p reason) "" (concat " Last time nothing was shown: " reason)))))
 

@@ -8,7 +8,8 @@ from lsp_server import ask
 from lsp_server.connection import ACCEPTED, Connection
 from model_host.generation import Priority
 
-WORD = re.compile(r"\w*\Z")
+WORD = re.compile(r"(?:\w[\w-]*)?\Z")
+"""With hyphens, since blink.cmp takes them for a part of a word in every language."""
 LABEL_CHARS = 60
 
 

@@ -12,7 +12,8 @@ def register(server: Connection) -> None:
 
     @server.feature(types.TEXT_DOCUMENT_DID_CHANGE)
     async def changed(params: types.DidChangeTextDocumentParams) -> None:
-        server.written += server.last.is_taken_by(params.content_changes)
+        if server.last is not server.found_written and server.last.is_taken_by(params.content_changes):
+            server.written, server.found_written = server.written + 1, server.last
         server.session.change(params)
 
     @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)

@@ -7,12 +7,13 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CACHE = Path(os.environ.get("EDITORS_CACHE", "~/.cache/deepseek-lsp/editors")).expanduser()
@@ -63,8 +64,20 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{ran.stdout[-4000:]}")
 
 
+def needed() -> Iterator[str]:
+    """What a package of Debian cannot be fetched, or run, without, as far as it is missing here."""
+    if platform.machine() != "x86_64":
+        yield f"the editors are fetched for x86-64, and this is {platform.machine()}"
+    if absent := [program for program in ("apt-get", "dpkg-deb") if not shutil.which(program)]:
+        yield f"{' and '.join(absent)} not found: they come with Debian and what is made of it"
+    if not Path(KEYS).exists():
+        yield f"{KEYS} is not there, by which Debian's packages are known to be Debian's: install debian-archive-keyring"
+
+
 def debian(suite: str, packages: tuple[str, ...], folder: Path, dependencies: bool = True) -> None:
     """Unpacks the packages, and all they need, from a suite of Debian."""
+    if missing := list(needed()):
+        raise RuntimeError("; ".join(missing))
     apt = folder / "apt"
     for part in ("state/lists/partial", "cache/archives/partial", "etc/parts"):
         (apt / part).mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from typing import Any
 import pynvim
 
 from tests.editors import install
-from tests.editors.terminal import LIMIT_S, Terminal
+from tests.editors.processes import LIMIT_S
+from tests.editors.terminal import Terminal
 
 REPOSITORY = Path(__file__).parents[2]
 PLUGIN = REPOSITORY / "editors/neovim"
 INVENTORY = (REPOSITORY / "examples/inventory.py").read_text("utf-8")
+HOLE = 23
+"""The line of the inventory that is empty, counted from 0."""
 INIT = """
 vim.o.swapfile, vim.o.shada, vim.o.laststatus, vim.o.more, vim.o.cmdheight = false, "", 2, false, 3
 vim.o.statusline = "%t %m %= %{%v:lua.state()%} "
@@ -23,12 +27,33 @@ function _G.state() -- plugin managers may load the plugin later
   local is_there, plugin = pcall(require, "deepseek_lsp")
   return is_there and plugin.statusline() or ""
 end
+_G.states = {}
+vim.api.nvim_create_autocmd({ "LspProgress", "LspRequest" }, {
+  callback = vim.schedule_wrap(function() table.insert(_G.states, _G.state()) end),
+})
 """
 SETUP = """
 vim.opt.runtimepath:prepend({plugin})
 require("deepseek_lsp").setup(vim.json.decode({options}))
 """
 TAB, ESCAPE, ENTER = "\t", "\x1b", "\r"
+
+
+def server_saying(**script: Any) -> list[str]:
+    """A server whose model says what `tests.scripted` is told."""
+    return [sys.executable, "-m", "tests.scripted", json.dumps(script)]
+
+
+def attached(socket: Path) -> pynvim.Nvim:
+    """The editor that listens there; its file is there before anybody listens."""
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            return pynvim.attach("socket", path=str(socket))
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 class Neovim:
@@ -53,8 +78,7 @@ class Neovim:
         }
         nvim = str(root / "usr/bin/nvim")
         self.terminal = Terminal(nvim, "-u", str(init), "-i", "NONE", "--listen", str(socket), cwd=folder, env=env)
-        self.terminal.until(lambda screen: socket.exists())
-        self._nvim = pynvim.attach("socket", path=str(socket))
+        self._nvim = attached(socket)
         self.until(lambda: self.lua("return vim.v.vim_did_enter") == 1)
 
     def lua(self, code: str, *arguments: Any) -> Any:
@@ -83,6 +107,26 @@ class Neovim:
     def until_attached(self) -> None:
         """Neovim asks nothing for keys that come before the server knows the buffer."""
         self.until(lambda: self.lua("return #vim.lsp.get_clients({ name = 'deepseek_lsp', bufnr = 0 })"))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the server says of itself."""
+        found: dict[str, Any] = self.lua(
+            """
+            local limit_ms, status = ...
+            require("deepseek_lsp.server").request("deepseek/status", nil, function(_, answer) status = answer end)
+            vim.wait(limit_ms, function() return status end, 10)
+            return status
+            """,
+            int(1000 * LIMIT_S),
+        )
+        return found
+
+    @property
+    def states(self) -> list[str]:
+        """What the statusline said, one after the other, whenever the server was asked or told how far it is."""
+        found: list[str] = self.lua("return _G.states")
+        return found
 
     @property
     def buffer(self) -> list[str]:
@@ -123,3 +167,11 @@ class Neovim:
     def close(self) -> None:
         self._nvim.close()
         self.terminal.close()
+
+
+def start_typing(neovim: Neovim, name: str, typed: str = "r") -> str:
+    """Opens the inventory, types into its hole, gives the ghost text."""
+    neovim.open(name, INVENTORY)
+    neovim.until_attached()
+    neovim.terminal.press(f"{HOLE + 1}GA{typed}")
+    return neovim.until_ghost()

@@ -4,7 +4,9 @@ import contextlib
 
 import psutil
 
-LIMIT_S = 10.0
+LIMIT_S = 90.0
+"""How long anything may take: on a free machine seconds, on a busy one a multiple of that."""
+END_LIMIT_S = 10.0
 
 
 def servers(editor: psutil.Process, name: str = "/deepseek-lsp") -> list[psutil.Process]:
@@ -25,6 +27,6 @@ def end(editor: psutil.Process) -> None:
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    for process in psutil.wait_procs(family, LIMIT_S)[1]:
+    for process in psutil.wait_procs(family, END_LIMIT_S)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -5,7 +5,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pyte
@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-LIMIT_S = 30.0
+from tests.editors.processes import LIMIT_S
+
 REMOTE_FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 
@@ -68,20 +69,36 @@ class Terminal:
     def shows(self, text: str, limit_s: float = LIMIT_S) -> str:
         return self.until(lambda screen: text in screen, limit_s)
 
+    def press_until(self, keys: str, text: str, pause_s: float = 2.0) -> str:
+        """Presses the keys again and again, with time to work in between, until a text is on the screen."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            self.press(keys)
+            try:
+                return self.shows(text, pause_s)
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+
     def draw(self, picture: Path, title: str) -> None:
         """Writes the screen as an SVG."""
-        console = Console(record=True, width=self._screen.columns, file=io.StringIO())
         with self._changed:
-            for row in range(self._screen.lines):
-                cells = [self._screen.buffer[row][column] for column in range(self._screen.columns)]
-                line = Text.assemble(*((cell.data, style(cell)) for cell in cells))
-                console.print(line, soft_wrap=True)
-        drawn = console.export_svg(title=title, unique_id=picture.stem)
-        picture.write_text(REMOTE_FONTS.sub("", drawn), "utf-8")
+            rows = [[self._screen.buffer[row][column] for column in range(self._screen.columns)] for row in range(self._screen.lines)]
+            lines = [Text.assemble(*((cell.data, style(cell)) for cell in row)) for row in rows]
+        save(lines, self._screen.columns, picture, title)
 
     def close(self) -> None:
         self._process.terminate(force=True)
         self._reader.join(5)
+
+
+def save(lines: Iterable[Text], columns: int, picture: Path, title: str) -> None:
+    """Writes lines as an SVG that loads nothing from elsewhere."""
+    console = Console(record=True, width=columns, file=io.StringIO())
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    drawn = console.export_svg(title=title, unique_id=picture.stem)
+    picture.write_text(REMOTE_FONTS.sub("", drawn), "utf-8")
 
 
 def style(cell: pyte.screens.Char) -> Style:

@@ -19,6 +19,7 @@ FIRST = "Make the selection faster"
 """What stands at the top of the menu of actions."""
 INIT = """
 (dolist (folder (file-expand-wildcards "{packages}/*")) (add-to-list 'load-path folder))
+(dolist (file (file-expand-wildcards "{packages}/*/*-autoloads.el")) (load file nil t)) ; as the package manager does
 (add-to-list 'load-path "{client}")
 (setq make-backup-files nil auto-save-default nil inhibit-startup-screen t create-lockfiles nil native-comp-deferred-compilation nil
       lsp-session-file "{folder}/session" lsp-auto-guess-root t lsp-enable-suggest-server-download nil lsp-client-packages nil
@@ -26,6 +27,7 @@ INIT = """
 (require 'deepseek-lsp)
 (setq deepseek-lsp-command '("env" "-u" "LD_LIBRARY_PATH" "deepseek-lsp"))
 (add-hook 'prog-mode-hook #'deepseek-lsp-start)
+(global-set-key (kbd "C-c s") #'deepseek-lsp-status)
 """
 
 
@@ -52,9 +54,8 @@ def emacs(project: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_emacs_shows_ghost_text_that_tab_takes_and_makes_the_change_of_a_code_action(emacs: Terminal, pictures: Path):
-    emacs.shows("class Inventory")
-    status = "\x1bxdeepseek-lsp-status\r"
-    emacs.until(lambda screen: emacs.press(status) is None and "deepseek-lsp is ready" in screen)
+    emacs.shows("LSP[deepseek-lsp:")
+    emacs.press_until("\x03s", "deepseek-lsp is ready")
     emacs.press("\x1bgg24\r\x05r")
     emacs.shows("return self.items[name]")
     emacs.draw(pictures / "emacs.svg", "Emacs")

@@ -12,10 +12,13 @@ from urllib.parse import unquote, urlsplit
 
 import jsonschema
 import pytest
+from rich.text import Text
 
 from editors.settings import SCHEMA
 from lsp_server.settings import SECTION
 from tests.editors import install
+from tests.editors.processes import LIMIT_S
+from tests.editors.terminal import save
 
 TEMPLATE = SCHEMA.parent
 INVENTORY = (Path(__file__).parents[2] / "examples/inventory.py").read_text("utf-8")
@@ -142,7 +145,7 @@ class Ide:
     async def ask(self, method: str, params: Any) -> Any:
         self._id += 1
         await self.send(id=str(self._id), method=method, params=params)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(LIMIT_S):
             while (message := await self.receive()).get("id") != str(self._id) or "method" in message:
                 pass
         assert "error" not in message, message
@@ -164,7 +167,7 @@ class Ide:
         return result["capabilities"]
 
     async def until_loaded(self) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(LIMIT_S):
             while "end" not in self.progress:
                 await self.receive()
 
@@ -205,13 +208,22 @@ async def ide() -> AsyncIterator[Ide]:
         await process.wait()
 
 
-async def test_the_templates_command_starts_a_server_that_completes_as_lsp4ij_asks(ide: Ide):
+def draw(grey: str, picture: Path) -> None:
+    """The lines around the cursor with grey text in them, as LSP4IJ has the IDE draw it."""
+    above, below = INVENTORY.splitlines()[15:23], INVENTORY.splitlines()[24:]
+    lines = [Text(line) for line in above] + [Text(" " * 8 + grey, style="bright_black")] + [Text(line) for line in below]
+    save(lines, 80, picture, "inventory.py, drawn from the server's answer")
+
+
+async def test_the_templates_command_starts_a_server_that_completes_as_lsp4ij_asks(ide: Ide, pictures: Path):
     capabilities = await ide.start()
     assert "inlineCompletionProvider" in capabilities and capabilities["positionEncoding"] == "utf-16"
     await ide.until_loaded()
-    assert (await ide.grey_text(23, 8)).startswith("return self.items[name]")
+    grey = await ide.grey_text(23, 8)
+    assert grey.startswith("return self.items[name]")
+    draw(grey, pictures / "jetbrains.svg")
     here = {"line": 23, "character": 8}
-    change = {"range": {"start": here, "end": here}, "text": await ide.grey_text(23, 8)}
+    change = {"range": {"start": here, "end": here}, "text": grey}
     document = {"uri": URI, "version": 1}
     await ide.send(method="textDocument/didChange", params={"textDocument": document, "contentChanges": [change]})
     assert (await ide.ask("deepseek/status", None))["requests"]["accepted"] == 1  # though the item's command is never run

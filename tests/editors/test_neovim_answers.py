@@ -1,15 +1,13 @@
 """What the plugin shows of the model's answers, in Neovim 0.12 and 0.10: explain, changes by command, chat. With the real server and the
 starter, and where the words must be known with a server whose model says what stands here."""
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.editors.neovim import ENTER, ESCAPE, INVENTORY, Neovim
+from tests.editors.neovim import ENTER, ESCAPE, INVENTORY, Neovim, server_saying
 
 ADD = 20
 """The line of the inventory, counted from 1, in which `add` begins."""
@@ -35,7 +33,7 @@ ANSWERS = {
     "Who are you": ["A ", "model."],
     "Think": ["I ", "think", None],
 }
-SCRIPTED = [sys.executable, "-m", "tests.scripted", json.dumps({"answers": ANSWERS, "step_s": 0.01})]
+SCRIPTED = server_saying(answers=ANSWERS, step_s=0.01)
 SUITES = pytest.mark.parametrize("suite", ["forky", "trixie"], ids=["0.12", "0.10"])
 
 
@@ -96,23 +94,14 @@ def until_chat(neovim: Neovim, words: str, count: int = 1) -> str:
     return str(neovim.until(lambda: (text := chat(neovim)).count(words) >= count and text))
 
 
-def cost_of_last(neovim: Neovim) -> dict[str, int]:
-    cost: dict[str, int] = neovim.lua("""
-        local cost
-        require("deepseek_lsp.server").request("deepseek/status", nil, function(_, status) cost = status.action.cost end)
-        vim.wait(5000, function() return cost end, 10)
-        return cost
-    """)
-    return cost
-
-
 def test_explain_streams_into_a_window_on_the_screen(starter: Neovim, pictures: Path):
+    before = len(starter.states)
     at_add(starter, "DeepseekExplain")
-    starter.terminal.shows("deepseek busy")
     screen = starter.terminal.shows("c asks on in the chat")
     assert "Explain add" in screen and "q closes" in screen
     assert len(floating(starter)) > 20
     starter.terminal.shows("deepseek ready")
+    assert "deepseek busy" in starter.states[before:]
     starter.terminal.draw(pictures / "neovim-explain.svg", "Neovim")
     starter.terminal.press("q")
     until_closed(starter)
@@ -125,7 +114,7 @@ def test_the_chat_asks_and_answers_and_the_server_remembers_the_turn_before(star
     starter.terminal.press("What does this do?" + SEND)
     until_chat(starter, "> About inventory.py, lines 20 to 21\n\n### DeepSeek\n\n")
     starter.until_ready()
-    first = cost_of_last(starter)
+    first = starter.status["action"]["cost"]
     starter.terminal.draw(pictures / "neovim-chat.svg", "Neovim")
     starter.terminal.press(f"And why?{ESCAPE}{ENTER}")
     until_chat(starter, "And why?\n\n### DeepSeek\n\n")
@@ -134,7 +123,7 @@ def test_the_chat_asks_and_answers_and_the_server_remembers_the_turn_before(star
     starter.terminal.press("aWho?" + SEND)
     until_chat(starter, "Who?\n\n### DeepSeek\n\n")
     starter.until_ready()
-    assert cost_of_last(starter)["cached_tokens"] >= first["cached_tokens"] + first["computed_tokens"] - 1
+    assert starter.status["action"]["cost"]["cached_tokens"] >= first["cached_tokens"] + first["computed_tokens"] - 1
 
 
 def test_document_puts_a_docstring_below_the_header_and_u_takes_it_back(starter: Neovim):
@@ -239,10 +228,15 @@ def test_the_menu_of_code_actions_runs_the_same_actions(scripted: Neovim):
 
 def test_tab_completes_the_actions_that_fit_here(scripted: Neovim):
     at_add(scripted, "echo", "names.py")
-    names = scripted.lua("return vim.fn.getcompletion('DeepseekAction ', 'cmdline')")
+
+    def completed(typed: str) -> list[str]:
+        """Nothing where the server takes longer than Neovim waits, on a busy machine."""
+        names: list[str] = scripted.until(lambda: scripted.lua("return vim.fn.getcompletion(..., 'cmdline')", typed))
+        return names
+
+    names = completed("DeepseekAction ")
     assert {"docstring", "explain_symbol", "tests"} <= set(names) and "refactor" not in names
-    names = scripted.lua("return vim.fn.getcompletion('20,21DeepseekAction re', 'cmdline')")
-    assert names == ["refactor", "review"]
+    assert completed("20,21DeepseekAction re") == ["refactor", "review"]
 
 
 def test_an_action_that_needs_words_asks_for_them_and_shows_its_change_first(scripted: Neovim):
@@ -330,8 +324,7 @@ def test_a_server_that_dies_while_it_answers_is_said_and_the_chat_goes_on_with_t
 
 @SUITES
 def test_fill_writes_where_the_cursors_line_ends(tmp_path: Path, suite: str):
-    command = [sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["return self.items[name]"]})]
-    with Neovim(tmp_path, suite, {"cmd": command}).warm() as neovim:
+    with Neovim(tmp_path, suite, {"cmd": server_saying(pieces=["return self.items[name]"])}).warm() as neovim:
         neovim.open("hole.py", INVENTORY)
         neovim.until_attached()
         neovim.terminal.press(f"{ESCAPE}:24{ENTER}:DeepseekFill{ENTER}")

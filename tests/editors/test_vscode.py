@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from tests.editors import install
-from tests.editors.processes import servers
-from tests.editors.vscode import Code, browser, served, spaced, wait_for
+from tests.editors.processes import LIMIT_S, servers
+from tests.editors.vscode import Code, browser, load_into_host, served, spaced, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 EXTENSION = REPOSITORY / "editors/vscode"
@@ -71,7 +72,7 @@ def test_control_right_takes_a_word_and_the_rest_stays(code: Code):
     start_typing(code, "word.py")
     code.press("Control+ArrowRight")
     code.until(lambda: code.line(HOLE) == " " * 8 + "return")
-    assert code.until_ghost().startswith(" self.items[name]")
+    code.until(lambda: code.ghost.startswith(" self.items[name]"))
 
 
 def test_control_alt_j_takes_a_line(code: Code):
@@ -162,15 +163,36 @@ def test_the_logs_are_in_an_output_channel(code: Code):
     code.press("Control+j")
 
 
-def test_a_killed_server_is_started_again_each_time_later_and_completes(code: Code):
-    for wait in ("in 1 s", "in 2 s"):
-        (server,) = servers(psutil.Process())
-        before = len(code.states)
-        os.kill(server.pid, signal.SIGKILL)
-        code.until(lambda: any("ended by itself" in state and wait in state for state in code.states[before:]))  # noqa: B023
-        code.until_ready()
-        assert server.pid not in [new.pid for new in servers(psutil.Process())]
+def test_a_killed_server_is_started_again_and_knows_what_was_not_saved(code: Code):
     start_typing(code, "again.py")
+    code.type("e")
+    code.press("Escape")
+    (server,) = servers(psutil.Process())
+    before = len(code.states)
+    os.kill(server.pid, signal.SIGKILL)
+    code.until(lambda: any("ended by itself" in state and "in 1 s" in state for state in code.states[before:]))
+    code.until_ready()
+    assert server.pid not in [new.pid for new in servers(psutil.Process())]
+    code.type("t")
+    code.until(lambda: code.ghost.startswith("urn self.items[name]"))
+    code.press("Escape")
+
+
+def test_a_server_that_keeps_dying_is_given_up_and_a_button_starts_it_again(code: Code):
+    program = code.folder.parent / "dying"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    before = len(code.states)
+    (code.folder.parent / "user/Machine/settings.json").write_text(json.dumps({"deepseek-lsp.server.path": str(program)}))
+    toast = code.page.locator('.notification-toast:has-text("(6 times) and is not started again")')
+    toast.wait_for()
+    waits = [wait for state in code.states[before:] for wait in re.findall(r"started again in (\d+) s", state)]
+    assert list(dict.fromkeys(waits)) == ["1", "2", "4", "8", "16"]
+    toasts = code.page.locator(".notification-toast").all_inner_texts()
+    assert len(toasts) == 1, toasts
+    program.write_text(f'#!/bin/sh\nexec {install.SCRIPTS / "deepseek-lsp"} "$@"\n')
+    toast.locator('text="Restart the Server"').click()
+    code.until_ready()
 
 
 def test_a_server_that_is_not_there_is_said_with_an_offer_to_install_it(code: Code, pictures: Path):
@@ -200,10 +222,12 @@ def test_the_window_asks_nobody_but_this_machine(code: Code):
 
 def test_everything_works_without_any_network(tmp_path: Path):
     """In a network namespace with nothing but a loopback."""
-    command = ["unshare", "--map-root-user", "--net", sys.executable, "-m", "tests.editors.offline", str(tmp_path)]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=150)
-    if "unshare failed" in ran.stderr:
-        pytest.skip(f"no namespaces for users here: {ran.stderr}")
+    alone = ["unshare", "--map-root-user", "--net"]
+    tried = subprocess.run(["sh", "-c", f"{shlex.join(alone)} true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no user may make network namespaces here, so this could not be shown: {tried.stderr.strip()}")
+    command = [*alone, sys.executable, "-m", "tests.editors.offline", str(tmp_path)]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=3 * LIMIT_S)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "return self.items[name]" in ran.stdout and "Explain get" in ran.stdout
 
@@ -267,22 +291,10 @@ def host(window: Browser, folder: Path, given: dict[str, object], trusts: bool =
         config.parent.mkdir(parents=True)
         config.write_text("[inline]\nmax_new_tokens = 77\n")
         page = window.new_page(viewport=WINDOW)
+        page.set_default_timeout(1000 * LIMIT_S)
 
-        def place(path: Path) -> dict[str, str]:
-            return {"scheme": "vscode-remote", "authority": urlsplit(address).netloc, "path": str(path)}
-
-        extensions = [place(EXTENSION), place(python_extension(folder / "python"))]
-        development = {"extensions": extensions, "extensionTestsPath": place(Path(__file__).with_name("vscode_host.js"))}
-        page.add_init_script(f"""
-            document.addEventListener('readystatechange', () => {{
-                const meta = document.getElementById('vscode-workbench-web-configuration');
-                if (!meta || meta.dataset.tested) return;
-                const settings = JSON.parse(meta.dataset.settings);
-                settings.developmentOptions = {{ ...settings.developmentOptions, ...{json.dumps(development)} }};
-                meta.dataset.settings = JSON.stringify(settings);
-                meta.dataset.tested = 'yes';
-            }});
-        """)
+        extensions = (EXTENSION, python_extension(folder / "python"))
+        load_into_host(page, address, extensions, Path(__file__).with_name("vscode_host.js"))
         page.goto(f"{address}/?folder={project}")
         yield page
         page.close()
@@ -290,7 +302,7 @@ def host(window: Browser, folder: Path, given: dict[str, object], trusts: bool =
 
 def found_in(results: Path) -> dict[str, str]:
     """What the tests inside the extension host found wrong, by their names."""
-    wait_for(results.exists, lambda: "the tests inside the extension host did not end", 120)
+    wait_for(results.exists, lambda: "the tests inside the extension host did not end", 2 * LIMIT_S)
     found: dict[str, str] = json.loads(results.read_text())
     if errors := [f"{name}: {error}" for name, error in found.items() if error]:
         pytest.fail("\n".join(errors))
@@ -301,16 +313,14 @@ def test_inside_the_extension_host(window: Browser, tmp_path: Path):
     results = tmp_path / "results.json"
     given = {"results": results, "environment": environment(tmp_path / "environment", 7), "wheel": wheel(tmp_path, 8)}
     with host(window, tmp_path, {"set": "trusted", **given}):
-        assert len(found_in(results)) >= 8
+        assert len(found_in(results)) >= 7
 
 
 def test_a_workspace_that_is_not_trusted_does_not_choose_the_server_until_it_is(window: Browser, tmp_path: Path):
     results, ready = tmp_path / "results.json", tmp_path / "ready"
     given = {"results": results, "ready": ready, "environment": environment(tmp_path / "environment", 7)}
     with host(window, tmp_path, {"set": "restricted", **given}, trusts=False) as page:
-        wait_for(
-            ready.exists, lambda: results.read_text() if results.exists() else "no server is ready in a workspace that is not trusted", 60
-        )
+        wait_for(ready.exists, lambda: results.read_text() if results.exists() else "no server is ready in a workspace that is not trusted")
         page.locator('.statusbar-item:has-text("Restricted Mode") a').click()
         page.locator('.workspace-trust-editor .monaco-button:text-is("Trust")').first.click()
         found_in(results)

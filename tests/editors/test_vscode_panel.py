@@ -349,9 +349,8 @@ def test_a_change_in_ones_own_words_is_shown_as_a_diff_before_it_is_made(code: C
     code.press("Shift+ArrowDown")
     code.press("Shift+ArrowDown")
     code.choose("Change the selection as I say")
-    code.page.wait_for_selector(".quick-input-widget:visible input")
-    code.type("keep the first item")
-    code.press("Enter")
+    code.box.fill("keep the first item")
+    code.box.press("Enter")
     code.page.locator('.tab.active:has-text("inventory.py (proposed)")').wait_for()
     code.until(lambda: "setdefault" in code.page.locator(".modified .view-lines, .diff-editor .view-lines").all_inner_texts().__str__())
     assert "keep the first item" in script.asked

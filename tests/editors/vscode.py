@@ -7,16 +7,17 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 from tests.editors import install
-from tests.editors.processes import end
+from tests.editors.processes import LIMIT_S, end
 
 SETTINGS = {
     "chat.disableAIFeatures": True,
@@ -35,7 +36,6 @@ SETTINGS = {
     "security.workspace.trust.enabled": False,
 }
 GHOST = ".ghost-text, .ghost-text-decoration, .ghost-text-decoration-preview"
-LIMIT_S = 30.0
 ITEM = '.statusbar-item[id^="deepseek-lsp"] a'
 STATES = f"""
     window.states = [];
@@ -119,6 +119,26 @@ def browser() -> Iterator[Browser]:
             running.close()
 
 
+def load_into_host(page: Page, address: str, extensions: Iterable[Path], tests: Path) -> None:
+    """Has VS Code, once it is in the page, load extensions from their folders, and call what `tests` exports as `run` in the extension
+    host."""
+
+    def place(path: Path) -> dict[str, str]:
+        return {"scheme": "vscode-remote", "authority": urlsplit(address).netloc, "path": str(path)}
+
+    development = {"extensions": [place(path) for path in extensions], "extensionTestsPath": place(tests)}
+    page.add_init_script(f"""
+        document.addEventListener('readystatechange', () => {{
+            const meta = document.getElementById('vscode-workbench-web-configuration');
+            if (!meta || meta.dataset.tested) return;
+            const settings = JSON.parse(meta.dataset.settings);
+            settings.developmentOptions = {{ ...settings.developmentOptions, ...{json.dumps(development)} }};
+            meta.dataset.settings = JSON.stringify(settings);
+            meta.dataset.tested = 'yes';
+        }});
+    """)
+
+
 class View:
     """The panel's webview: a page within a page within VS Code's."""
 
@@ -141,7 +161,7 @@ class View:
     def until(self, state: str, text: str = "") -> Locator:
         """Waits for the last turn to be waiting, answering, done, stopped or failed, with `text` in it."""
         found = self.frame.locator(f'.turn[data-state="{state}"]:last-child', has_text=text or None)
-        found.wait_for(timeout=1000 * LIMIT_S)
+        found.wait_for()
         return found
 
 
@@ -156,9 +176,10 @@ class Code:
         """Addresses that never left the browser: VS Code's service worker reads the webviews' files for them."""
         page.on("request", lambda request: self.asked.append(request.url))
         page.on("response", lambda response: response.from_service_worker and self.answered_within.add(response.url))
+        page.set_default_timeout(1000 * LIMIT_S)
         page.add_init_script(STATES)
         page.goto(f"{address}/?folder={folder}")
-        page.wait_for_selector(".monaco-workbench .explorer-folders-view", timeout=1000 * LIMIT_S)
+        page.wait_for_selector(".monaco-workbench .explorer-folders-view")
 
     def open(self, name: str) -> None:
         """Opens a file that was in the folder before the window was: VS Code finds new ones late."""
@@ -167,19 +188,21 @@ class Code:
         self.page.wait_for_selector(".editor-instance .monaco-editor .view-lines")
 
     def quick_open(self, text: str, row: str) -> None:
-        self.page.keyboard.press("Control+P")
-        self.page.wait_for_selector(".quick-input-widget:visible input")
-        self.page.keyboard.type(text)
-        self.page.locator(f".quick-input-list {row}").first.wait_for()
+        self.ask_in_box("Control+P", text)
         self.page.locator(f".quick-input-list {row}").first.click()
 
     def command(self, title: str) -> None:
-        self.page.keyboard.press("F1")
-        self.page.wait_for_selector(".quick-input-widget:visible input")
-        self.page.keyboard.type(title)
-        row = self.page.locator(f'.quick-input-list .monaco-list-row:is([aria-label="{title}"], [aria-label^="{title}, "])').first
-        row.wait_for()
-        row.click()
+        self.ask_in_box("F1", f">{title}")
+        self.page.locator(f'.quick-input-list .monaco-list-row:is([aria-label="{title}"], [aria-label^="{title}, "])').first.click()
+
+    @property
+    def box(self) -> Locator:
+        """Where VS Code asks for words: the one at the top of the window."""
+        return self.page.locator(".quick-input-widget:visible input[type=text]")
+
+    def ask_in_box(self, key: str, text: str) -> None:
+        self.press(key)
+        self.box.fill(text)
 
     def choose(self, title: str) -> None:
         """From the menu of code actions at the cursor, which VS Code closes when diagnostics come meanwhile."""
@@ -188,8 +211,8 @@ class Code:
         def is_chosen() -> bool:
             self.press("Control+.")
             try:
-                row.wait_for(timeout=2000)
-                row.click(timeout=2000)
+                row.wait_for(timeout=5000)
+                row.click(timeout=5000)
             except Error:
                 self.press("Escape")
                 return False
@@ -199,10 +222,8 @@ class Code:
 
     def go_to(self, line: int) -> None:
         """Puts the cursor at the end of a line, counted from 1."""
-        self.page.keyboard.press("Control+G")
-        self.page.wait_for_selector(".quick-input-widget:visible input")
-        self.page.keyboard.type(str(line))
-        self.page.keyboard.press("Enter")
+        self.ask_in_box("Control+G", f":{line}")
+        self.box.press("Enter")
         self.page.wait_for_selector(".quick-input-widget", state="hidden")
         self.until_editor_has_focus()
         self.page.keyboard.press("End")

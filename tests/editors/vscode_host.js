@@ -17,19 +17,6 @@ const trusted = {
     }
   },
 
-  async "no keybinding is one of VS Code's own"() {
-    await vscode.commands.executeCommand("workbench.action.openDefaultKeybindingsFile");
-    const document = vscode.window.activeTextEditor.document;
-    const rows = document.getText().split("\n").filter((line) => line.trim().startsWith("{ \"key\"") && !line.includes("inlineSuggest"));
-    assert.ok(rows.length > 500, `${rows.length} rows`);
-    const extension = vscode.extensions.getExtension(OWN);
-    for (const { key, command } of extension.packageJSON.contributes.keybindings) {
-      const others = rows.filter((row) => row.includes(`"${key}"`) && !row.includes(command));
-      assert.ok(!others.length, `${key}: ${others.join("")}`);
-    }
-    await vscode.commands.executeCommand("workbench.action.closeActiveEditor");
-  },
-
   async "a value from config.toml holds, since only what is set in VS Code is sent"() {
     assert.strictEqual((await status()).settings.inline.max_new_tokens, 77);
   },
@@ -103,7 +90,7 @@ const given = (name) => vscode.workspace.getConfiguration("tests").get(name);
 const status = () => vscode.commands.executeCommand("deepseek-lsp.status");
 
 async function until(condition) {
-  const deadline = Date.now() + 30_000;
+  const deadline = Date.now() + 90_000;
   while (!(await condition())) {
     assert.ok(Date.now() < deadline, `never: ${condition}`);
     await new Promise((resolve) => setTimeout(resolve, 50));

@@ -57,6 +57,13 @@ const OWN: StaticFeature = {
   clear: () => undefined,
 };
 
+/** Leaves it to `Server` to tell the user that it could not start. */
+class Client extends LanguageClient {
+  override error(message: string, data?: unknown, show: boolean | "force" = true): void {
+    super.error(message, data, this.isRunning() && show);
+  }
+}
+
 export class Server implements vscode.Disposable {
   private client: LanguageClient | undefined;
   private crashes = 0;
@@ -83,13 +90,17 @@ export class Server implements vscode.Disposable {
     if ("missing" in found) {
       this.status.set("error", found.missing);
       this.log.error(found.missing);
-      void this.offerInstall(found.missing);
+      void this.offer(found.missing, {
+        "Install...": [`${SECTION}.install`],
+        "Set the Path": ["workbench.action.openSettings", `${SECTION}.server.path`],
+      });
       return;
     }
     this.status.set("loading", `Starting ${found.program}.`);
     this.log.info(`Starting ${found.program}`);
     const isCurrent = () => this.client === client && client.isRunning();
-    const client: LanguageClient = new LanguageClient(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent));
+    const ended = () => this.ended(client, "The server ended by itself");
+    const client: Client = new Client(SECTION, "DeepSeek", { command: found.program, args: [] }, this.options(isCurrent, ended));
     client.registerFeature(OWN);
     client.onNotification("deepseek/stream", (piece: Piece) => this.streamed.fire(piece));
     this.client = client;
@@ -101,8 +112,10 @@ export class Server implements vscode.Disposable {
       await this.refresh();
       await vscode.commands.executeCommand("setContext", "deepseek-lsp.running", true);
     } catch (error) {
-      if (this.client === client) {
-        this.status.set("error", `The server did not start: ${error instanceof Error ? error.message : error}`);
+      if (!client.isRunning()) {
+        this.ended(client, "The server did not start");
+      } else if (this.client === client) {
+        this.status.set("error", `The server does not say how it stands: ${error instanceof Error ? error.message : error}`);
       }
     }
   }
@@ -175,7 +188,7 @@ export class Server implements vscode.Disposable {
     return answer;
   }
 
-  private options(isCurrent: () => boolean): LanguageClientOptions {
+  private options(isCurrent: () => boolean, ended: () => void): LanguageClientOptions {
     const extension = this.context.extension;
     return {
       documentSelector: [{ scheme: "file" }, { scheme: "untitled" }],
@@ -185,7 +198,7 @@ export class Server implements vscode.Disposable {
       errorHandler: {
         error: () => ({ action: ErrorAction.Continue, handled: true }),
         closed: () => {
-          this.ended();
+          ended();
           return { action: CloseAction.DoNotRestart, handled: true };
         },
       },
@@ -239,29 +252,30 @@ export class Server implements vscode.Disposable {
     this.bars.clear();
   }
 
-  /** A server that ended by itself is started again, each time after twice the wait, and after a few times no more. */
-  private ended(): void {
-    if (!this.client) {
-      return;
+  /** A server that went on its own is started again, each time after twice the wait, and after a few times no more. */
+  private ended(client: Client, how: string): void {
+    if (this.client !== client) {
+      return; // it was stopped, or a start that failed was heard of already
     }
     this.client = undefined;
     this.endBars();
     this.crashes = Date.now() - this.startedAt > CALM_MS ? 1 : this.crashes + 1;
     if (this.crashes > RESTARTS) {
-      this.status.set("error", `The server ended by itself ${this.crashes} times. The logs say why; it can be restarted from the menu.`);
+      const why = `${how} (${this.crashes} times) and is not started again. The logs say why.`;
+      this.status.set("error", why);
+      void this.offer(`DeepSeek: ${why}`, { "Restart the Server": [`${SECTION}.restart`], "Show the Logs": [`${SECTION}.logs`] });
       return;
     }
     const wait = FIRST_WAIT_MS * 2 ** (this.crashes - 1);
-    this.status.set("error", `The server ended by itself and is started again in ${wait / 1000} s.`);
+    this.status.set("error", `${how} and is started again in ${wait / 1000} s.`);
     this.waiting = setTimeout(() => void this.start(), wait);
   }
 
-  private async offerInstall(missing: string): Promise<void> {
-    const chosen = await vscode.window.showErrorMessage(missing, "Install...", "Set the Path");
-    if (chosen === "Install...") {
-      await vscode.commands.executeCommand("deepseek-lsp.install");
-    } else if (chosen) {
-      await vscode.commands.executeCommand("workbench.action.openSettings", "deepseek-lsp.server.path");
+  /** An error with buttons that run commands. */
+  private async offer(why: string, ways: Record<string, [command: string, ...given: string[]]>): Promise<void> {
+    const chosen = await vscode.window.showErrorMessage(why, ...Object.keys(ways));
+    if (chosen) {
+      await vscode.commands.executeCommand(...ways[chosen]);
     }
   }
 

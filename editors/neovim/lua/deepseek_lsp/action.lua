@@ -82,7 +82,7 @@ end
 ---@param place deepseek_lsp.Place
 ---@param instruction? string
 function M.run(name, place, instruction)
-  local client = server.client(place.buffer)
+  local client = server.awaited(place.buffer)
   if not client then
     return say(server.missing())
   end

@@ -62,7 +62,7 @@ end
 local function any(args)
   local name, instruction = args.args:match("^(%S*)%s*(.*)$")
   local place = place_of(args)
-  if not server.client(place.buffer) then
+  if not server.awaited(place.buffer) then
     return say(server.missing())
   end
   if name == "" then
@@ -82,7 +82,7 @@ local filling -- ends what is being filled in
 --- Writes at the end of the cursor's line, or into the holes marked in a range.
 local function fill(args)
   local place = place_of(args)
-  local client = server.client(place.buffer)
+  local client = server.awaited(place.buffer)
   if not client then
     return say(server.missing())
   end
@@ -106,7 +106,7 @@ end
 
 local function talk(args)
   local place = args.range > 0 and place_of(args) or nil
-  if not server.client() then
+  if not server.awaited() then
     return say(server.missing())
   end
   chat.open(place, args.args, args.bang)
@@ -148,6 +148,7 @@ local function described(status)
 end
 
 local function status()
+  server.awaited()
   server.request("deepseek/status", nil, function(error, answer)
     local buffer = vim.api.nvim_create_buf(false, true)
     local lines = error and { "**not running** " .. error.message } or described(answer)

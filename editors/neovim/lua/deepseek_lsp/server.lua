@@ -6,9 +6,13 @@ local M = { name = "deepseek_lsp" }
 
 local RESTARTS = 5
 local FIRST_WAIT_MS = 1000
+local CALM_MS = 60000
+local INITIALIZE_MS = 5000
 local LANGUAGES = { bash = "shellscript", sh = "shellscript", cs = "csharp", make = "makefile" }
 
 local crashes, restarting = 0, false
+local initializing, ready_at = false, nil
+local waiting = 0 -- counts the waits for a new start; one that was overtaken starts nothing
 local config
 
 --- Neovim's config of the server.
@@ -38,6 +42,13 @@ local function config_of(options)
     init_options = vim.tbl_isempty(options.settings) and vim.empty_dict() or options.settings,
     get_language_id = function(_, filetype)
       return LANGUAGES[filetype] or filetype
+    end,
+    before_init = function()
+      initializing = true
+      state.starting("The server is started.")
+    end,
+    on_init = function()
+      initializing, ready_at = false, vim.uv.now()
     end,
     on_exit = function(code, signal, client_id)
       vim.schedule(function() -- Neovim 0.10 forgets the client in what it schedules after this, so we come after that
@@ -107,6 +118,16 @@ function M.client(buffer)
   return vim.lsp.get_clients({ name = M.name, bufnr = buffer })[1]
 end
 
+--- The same, for those who ask while the server is being started.
+---@param buffer? integer
+---@return vim.lsp.Client?
+function M.awaited(buffer)
+  vim.wait(INITIALIZE_MS, function()
+    return not initializing
+  end, 20)
+  return M.client(buffer)
+end
+
 --- Why a buffer has none, and what to do.
 function M.missing()
   local why = M.client() and "Its filetype is not one of those given to setup()." or state.detail()
@@ -163,7 +184,7 @@ end
 
 --- Ends the server and, once it is gone, starts it anew.
 function M.restart()
-  crashes = 0
+  crashes, waiting = 0, waiting + 1
   restarting = M.client() ~= nil
   state.starting("The server is started again.")
   stop()
@@ -174,6 +195,8 @@ end
 
 --- A server that went on its own is started again, each time after twice the wait, and after a few times no more.
 function M.ended(code, signal)
+  local ran_ms = ready_at and vim.uv.now() - ready_at or 0
+  initializing, ready_at = false, nil
   if restarting then
     restarting = false
     start_everywhere()
@@ -183,17 +206,23 @@ function M.ended(code, signal)
     state.stopped("The server was stopped.")
     return
   end
-  crashes = crashes + 1
+  crashes = ran_ms > CALM_MS and 1 or crashes + 1
   local how = ("The server ended by itself (status %d, signal %d)"):format(code, signal)
   if crashes > RESTARTS then
     state.failed(how .. (", %d times; :DeepseekLog says why, :DeepseekRestart tries again."):format(crashes))
+    local short = ("deepseek-lsp: the server ended %d times. :DeepseekLog, :DeepseekRestart"):format(crashes)
+    vim.notify(short, vim.log.levels.ERROR)
     return
   end
   local wait_ms = FIRST_WAIT_MS * 2 ^ (crashes - 1)
   state.failed(how .. (" and is started again in %d s."):format(wait_ms / 1000))
+  waiting = waiting + 1
+  local mine = waiting
   vim.defer_fn(function()
-    stop()
-    start_everywhere()
+    if mine == waiting then
+      stop()
+      start_everywhere()
+    end
   end, wait_ms)
 end
 
