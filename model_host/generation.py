@@ -18,6 +18,8 @@ class Fim:
     """Fill in the middle, between `prefix` and `suffix`; the middle is known to begin with `middle`, and the answer goes on
     behind it. An unfinished word at its end is completed as a word (token healing), never as broken tokens."""
 
+    repository: str = ""
+    """What is known of other files. The same for all holes of a workspace, so that they share what is computed of it."""
     prefix: str
     suffix: str
     middle: str = ""

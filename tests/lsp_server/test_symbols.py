@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsp_server.actions import symbols
+from lsp_server import symbols
 
 PYTHON = '''@decorated
 @twice(1)
