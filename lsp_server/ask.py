@@ -89,7 +89,7 @@ async def complete(
     anchor = memory.anchors.at(snapshot, settings.context_tokens)
     memory.anchors.keep(snapshot.uri, anchor)
     memory.repository.use(snapshot.uri)
-    prompt = anchor.hole(snapshot, shown_path, memory.repository.block(settings.repository_tokens))
+    prompt = anchor.hole(snapshot, shown_path, memory.repository.block(repository_tokens(host.engine, settings)))
     try:
         answer = await filled(host.engine, snapshot, prompt, settings, priority)
     except EngineError as error:
@@ -108,7 +108,7 @@ async def think_ahead(host: Host, answer: Answer, shown_path: str, settings: Inl
     with contextlib.suppress(EngineError):
         if accepted and not memory.remembered.rest(accepted):
             anchor = memory.anchors.at(accepted, settings.context_tokens)
-            prompt = anchor.hole(accepted, shown_path, memory.repository.block(settings.repository_tokens))
+            prompt = anchor.hole(accepted, shown_path, memory.repository.block(repository_tokens(host.engine, settings)))
             ahead = await filled(host.engine, accepted, prompt, patient, Priority.BACKGROUND)
             if ahead.text:
                 memory.remembered.keep(accepted, with_newlines([ahead.text]))
@@ -124,7 +124,7 @@ async def rest(host: Host, answer: Answer, shown_path: str, settings: InlineSett
     await asyncio.sleep(REST_S)
     kept = memory.anchors.at(asked, settings.context_tokens)
     anchor = memory.anchors.moved(asked, settings.context_tokens) if kept.line < asked.line else kept
-    pieces = await memory.repository.grown(settings.repository_tokens)
+    pieces = await memory.repository.grown(repository_tokens(host.engine, settings))
     if anchor is kept and pieces == memory.repository.pieces:
         return
     prompt = anchor.hole(asked, shown_path, text_of(pieces))
@@ -134,6 +134,11 @@ async def rest(host: Host, answer: Answer, shown_path: str, settings: InlineSett
             await generation.finished()
         memory.anchors.keep(asked.uri, anchor)
         memory.repository.keep(pieces)
+
+
+def repository_tokens(engine: Engine, settings: InlineSettings) -> int:
+    """How much is told of other files: what the user says, else what suits the model."""
+    return engine.facts.repository_tokens if settings.repository_tokens < 0 else settings.repository_tokens
 
 
 def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:

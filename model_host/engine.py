@@ -37,6 +37,8 @@ PAUSE_S = 1.0
 """Whoever asks nothing for so long leaves time for keeping things."""
 CLOSE_CALL_NATS = 0.05
 """About as much do shifted latents move the lead of one token over the next (docs/log.md): a smaller one is left to exact latents."""
+LEAST_PARAMETERS = 1_000_000_000
+"""A smaller model, such as the starter, was seen to make nothing of other files' outlines (docs/log.md)."""
 MAX_INEXACT = 8
 """So many prompts wait for being computed exactly."""
 CHUNK_S = 0.2
@@ -86,6 +88,7 @@ def load_engine(
         without_fim=None if tokenizer.has_fim else without_infilling(folder),
         without_chat=tokenizer.without_chat,
         load_s=time.monotonic() - started,
+        repository_tokens=Facts.repository_tokens if model.config.parameters >= LEAST_PARAMETERS else 0,
         cache_bytes=runner.cache_bytes,
         cache_tokens=runner.pages * PAGE_TOKENS,
     )

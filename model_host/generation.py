@@ -19,7 +19,7 @@ class Fim:
     behind it. An unfinished word at its end is completed as a word (token healing), never as broken tokens."""
 
     repository: str = ""
-    """What is known of other files. The same for all holes of a workspace, so that they share what is computed of it."""
+    """What is known of other files, before the prefix. The same for all holes of a workspace, which then share what is computed of it."""
     prefix: str
     suffix: str
     middle: str = ""
@@ -238,6 +238,8 @@ class Facts:
     """Why it cannot fill in the middle, a sentence for the user; None when it can."""
     without_chat: str | None = None
     """Why it does not converse, a sentence for the user; None when it does."""
+    repository_tokens: int = 1024
+    """How much about other files it is told, where the user does not say."""
     cache_bytes: int = 0
     """Memory for latents."""
     cache_tokens: int = 0

@@ -291,7 +291,7 @@ def question(request: Request, where: Endpoint, served: Served) -> Question:
         extras["add_special_tokens"] = False
     begin = "" if served.owner in ADDS_BOS else BOS
     repository, prefix, suffix, middle = map(defused, (fim.repository, fim.prefix, fim.suffix, fim.middle))
-    body["prompt"] = f"{begin}{repository}{FIM_BEGIN}{prefix}{FIM_HOLE}{suffix}{FIM_END}{middle}"
+    body["prompt"] = f"{begin}{FIM_BEGIN}{repository}{prefix}{FIM_HOLE}{suffix}{FIM_END}{middle}"
     return Question(f"{where.url}/completions", body, extras)
 
 

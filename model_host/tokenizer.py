@@ -123,7 +123,7 @@ class Tokenizer:
         return ids
 
     def encode_fim(self, prompt: Fim, max_tokens: int, *, heal: bool = True) -> Encoded:
-        """<bos> repository <fim_begin> prefix <fim_hole> suffix <fim_end> middle: PSM, the order the 16B was trained on (arXiv 2406.11931).
+        """<bos> <fim_begin> repository prefix <fim_hole> suffix <fim_end> middle: PSM, the order the 16B was trained on (arXiv 2406.11931).
 
         Healed, the answer begins anew with the word that is being typed. The repository has a quarter of `max_tokens` at most, however
         long the file is, so that it is always cut alike. A prompt of more than `max_tokens` loses the far end of the suffix, then the
@@ -138,7 +138,7 @@ class Tokenizer:
         room = max(max_tokens - len(repository) - len(middle) - 4, 0)
         suffix = suffix[: max(room // 4, room - len(prefix))]
         prefix = prefix[max(len(prefix) + len(suffix) - room, 0) :]
-        ids = (self.bos_id, *repository, begin, *prefix, hole, *suffix, end, *middle)
+        ids = (self.bos_id, begin, *repository, *prefix, hole, *suffix, end, *middle)
         return Encoded(ids=ids, must_begin=must_begin, hole=2 + len(repository) + len(prefix))
 
     def healed(self, middle: str) -> tuple[str, bytes]:

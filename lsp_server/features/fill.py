@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lsp_server import answering, editing
+from lsp_server import answering, ask, editing
 from lsp_server.actions import filling, guard, workspace_edit
 from lsp_server.actions.filling import ToFill
 from lsp_server.activity import Activity, plain, refused, stop_with_request
@@ -43,7 +43,7 @@ async def done(server: Connection, asked: ToFill) -> int:
     snapshot = document.snapshot(answering.start_of(asked.range))
     activity = Activity(server, "Filling in", "fill", asked.uri)
     path = server.shown_path(asked.uri)
-    repository = server.memory.repository.block(server.settings.inline.repository_tokens)
+    repository = server.memory.repository.block(ask.repository_tokens(engine, server.settings.inline))
     edits = await activity.run(lambda: filling.filled(engine, document, asked, path, server.settings, activity.heard, repository))
     if server.session.find(asked.uri) is not document or document.version != snapshot.version:
         raise Stale("The document changed while the model answered, so nothing is filled. Ask again.")

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from lsp_server import answering
+from lsp_server import answering, ask
 from lsp_server.anchors import CHARS_PER_TOKEN
 from lsp_server.connection import Connection
 
@@ -13,8 +13,9 @@ def register(server: Connection) -> None:
     async def status(params: None) -> dict[str, Any]:
         engine, last = server.host.engine, server.last
         second = server.second.host
-        block = server.memory.repository.block(server.settings.inline.repository_tokens)
-        names = list(dict.fromkeys(piece.name for piece in server.memory.repository.pieces)) if block else []
+        repository = server.memory.repository
+        block = repository.block(ask.repository_tokens(engine, server.settings.inline)) if engine else ""
+        names = list(dict.fromkeys(piece.name for piece in repository.pieces)) if block else []
         cost = asdict(last.cost) | {"reuse": last.cost.reuse} if last.cost else None
         return {
             "state": server.host.state if server.settings.inline.enabled else "disabled",
