@@ -1,10 +1,10 @@
 """What it is worth to tell the model of a project's other files, and what it costs: `python -m benchmarks.repository`.
 
-Packages of the standard library stand for projects: files that import each other. The block in front of a prompt is built by the server's
-own code, from documents that were opened and left, and from what they import. Two parts: `quality` compares bits per byte of what really
-stood in a hole with and without the block: behind the prefix's first token, as the server does, or in front of it, with the hole's own file in it (outlined
-without the hole), and another project's block, which is as long and says nothing. `trunk` goes round five files and counts the tokens that
-are computed, in float32 on the CPU.
+Packages of the standard library stand for projects: files that import each other. The block is built by the server's own code, from
+documents that were opened and left, and from what they import. Three parts. `random` and `named` compare bits per byte of what really
+stood in a hole, at random places and where a name stood that the file does not show and the block does: with the block and without it, with
+a shorter one, one in front of the prefix's token, one with the hole's own file in it (outlined without the hole), and another project's,
+which is as long and says nothing. `trunk` goes round five files and counts the tokens that are computed, in float32 on the CPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -42,7 +42,7 @@ PACKAGES = [
     *("asyncio", "concurrent", "ctypes", "curses", "email", "html", "http", "idlelib", "importlib", "json", "lib2to3", "logging"),
     *("multiprocessing", "sqlite3", "tkinter", "tomllib", "unittest", "urllib", "wsgiref", "xml", "xmlrpc", "zoneinfo"),
 ]
-HOLES = 600
+HOLES = {"random": 450, "named": 150}
 LEFT_FILES = 3
 """So many other files were open before."""
 CONTEXT_TOKENS = InlineSettings().context_tokens
@@ -105,6 +105,8 @@ class Hole:
     middle: str
     left: tuple[Path, ...]
     package: Path
+    names: frozenset[str] = frozenset()
+    """Of which one is to be in the block."""
 
     def prompt(self, root: Path, block: str) -> Fim:
         return Anchors().moved(self.snapshot, CONTEXT_TOKENS).hole(self.snapshot, self.file.relative_to(root).as_posix(), block)
@@ -123,15 +125,15 @@ class Hole:
         return await editing.rest(max_tokens)
 
 
-def holes(root: Path, count: int, seed: int) -> Iterator[Hole]:
-    """Random places of files that import others of the project."""
+def holes(root: Path, seed: int) -> Iterator[Hole]:
+    """Random places of files that import others of the project, without end."""
     chance = random.Random(seed)
     files = sorted(file for file in root.rglob("*.py") if 1000 < file.stat().st_size < 200_000)
     texts = {file: file.read_text("utf-8", "replace") for file in files}
     importing = [
         file for file in files if any(place.is_file() for places in imported(texts[file], "python", file, root) for place in places)
     ]
-    while count:
+    while True:
         file = chance.choice(importing)
         lines = texts[file].splitlines(keepends=True)
         index = chance.randrange(len(lines))
@@ -145,75 +147,74 @@ def holes(root: Path, count: int, seed: int) -> Iterator[Hole]:
         near = [other for other in files if other.is_relative_to(package) and other != file]
         left = tuple(chance.sample(near, min(LEFT_FILES, len(near))))
         yield Hole(file, document.snapshot(types.Position(index, column)), line[column:], left, package)
-        count -= 1
 
 
-def says_something_new(hole: Hole, prompt: Fim, block: str) -> bool:
-    """Whether a name that stood in the hole is in the block and not in what is shown of the file."""
-    shown = set(NAMES.findall(prompt.prefix + prompt.middle + prompt.suffix))
-    return bool(set(NAMES.findall(hole.middle)) - shown & set(NAMES.findall(block)))
+def naming(root: Path) -> Iterator[Hole]:
+    """Those holes in which a name stood that is nowhere else in the file."""
+    for hole in holes(root, seed=1):
+        if names := set(NAMES.findall(hole.middle)) - set(NAMES.findall("".join(hole.snapshot.lines))):
+            yield replace(hole, names=frozenset(names))
 
 
-async def quality(model_name: str, count: int) -> dict[str, float]:
-    """Bits per byte in every layout, and what the block changes."""
+async def quality(model_name: str, counts: dict[str, int]) -> dict[str, float]:
+    """Bits per byte in every layout, and what the block changes, for so many holes of each kind."""
     folder = STARTER if model_name == "starter" else locate(model_name)
     tokenizer = Tokenizer(folder)
     model = load(folder, device="auto", dtype="auto", threads=0, kernels="auto", progress=lambda what, share: None)
     runner = Runner(model, CACHE_BYTES)
-    found: dict[str, list[float]] = {}
-    new: list[bool] = []
-    block_tokens: list[int] = []
+    metrics: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = project(Path(temporary))
-        chosen = list(holes(root, count, seed=0))
-        blocks = [await hole.block(root, BLOCK_TOKENS) for hole in chosen]
-        for number, (hole, block) in enumerate(zip(chosen, blocks, strict=True)):
-            none = hole.prompt(root, "")
-            prompts = {
-                "none": none,
-                "block": replace(none, repository=block),
-                "short": replace(none, repository=await hole.block(root, SHORT_TOKENS)),
-                "with_own": replace(none, repository=await hole.block(root, BLOCK_TOKENS, own=True)),
-                "unrelated": replace(none, repository=next(other for other in foreign(chosen, blocks, number) if other)),
-            }
-            for name, prompt in prompts.items():
-                encoded = tokenizer.encode_fim(prompt, 4 * MAX_TOKENS)
-                found.setdefault(name, []).append(bits(runner, tokenizer, encoded, hole.middle))
-            in_front = before_the_prefix(tokenizer, none, block)
-            found.setdefault("in_front", []).append(bits(runner, tokenizer, in_front, hole.middle))
-            new.append(says_something_new(hole, none, block))
-            block_tokens.append(len(tokenizer.encode_lines(block)))
-            if number % 50 == 49:
-                print(f"{number + 1} of {count} holes", file=sys.stderr)
-    sizes = np.array([len(hole.middle.encode()) for hole in chosen], dtype=np.float64)
-    return {"holes": count, "block_tokens_median": median(block_tokens)} | compared(found, sizes, np.array(new))
+        for where, count in counts.items():
+            chosen = naming(root) if where == "named" else holes(root, seed=0)
+            cases = [case async for case in with_blocks(root, chosen, count)]
+            found: dict[str, list[float]] = {}
+            for number, (hole, _) in enumerate(cases):
+                for name, prompt in (await prompts_of(root, tokenizer, cases, number)).items():
+                    found.setdefault(name, []).append(bits(runner, tokenizer, prompt, hole.middle))
+                if number % 50 == 49:
+                    print(f"{where}: {number + 1} of {len(cases)} holes", file=sys.stderr)
+            sizes = np.array([len(hole.middle.encode()) for hole, _ in cases], dtype=np.float64)
+            metrics[f"{where}_holes"] = len(cases)
+            metrics[f"{where}_block_tokens_median"] = median(len(tokenizer.encode_lines(block)) for _, block in cases)
+            metrics |= {f"{where}_{name}": value for name, value in compared(found, sizes).items()}
+    return metrics
 
 
-def before_the_prefix(tokenizer: Tokenizer, prompt: Fim, block: str) -> Encoded:
-    """The block between the first token of all and that of the prefix, where most servers put it."""
-    plain = tokenizer.encode_fim(prompt, 4 * MAX_TOKENS)
-    return replace(plain, ids=(plain.ids[0], *tokenizer.encode_lines(block), *plain.ids[1:]))
+async def with_blocks(root: Path, chosen: Iterator[Hole], count: int) -> AsyncIterator[tuple[Hole, str]]:
+    """The first of the holes, with their blocks; of those that are to name something, the ones whose block does."""
+    while count:
+        hole = next(chosen)
+        block = await hole.block(root, BLOCK_TOKENS)
+        if not hole.names or hole.names & set(NAMES.findall(block)):
+            yield hole, block
+            count -= 1
 
 
-def foreign(chosen: list[Hole], blocks: list[str], number: int) -> Iterator[str]:
-    """The blocks of holes in other packages, from the next hole on."""
-    package = chosen[number].package
-    for index in range(number + 1, number + len(chosen)):
-        if chosen[index % len(chosen)].package != package:
-            yield blocks[index % len(chosen)]
+async def prompts_of(root: Path, tokenizer: Tokenizer, cases: list[tuple[Hole, str]], number: int) -> dict[str, Encoded]:
+    hole, block = cases[number]
+    none = hole.prompt(root, "")
+    others = (other for elsewhere, other in (*cases[number + 1 :], *cases[:number]) if elsewhere.package != hole.package)
+    prompts = {
+        "none": none,
+        "block": replace(none, repository=block),
+        "short": replace(none, repository=await hole.block(root, SHORT_TOKENS)),
+        "with_own": replace(none, repository=await hole.block(root, BLOCK_TOKENS, own=True)),
+        "unrelated": replace(none, repository=next(others, "")),
+    }
+    found = {name: tokenizer.encode_fim(prompt, 4 * MAX_TOKENS) for name, prompt in prompts.items()}
+    ids = found["none"].ids  # <bos> <fim_begin> ...
+    return found | {"in_front": replace(found["none"], ids=(ids[0], *tokenizer.encode_lines(block), *ids[1:]))}
 
 
-def compared(found: dict[str, list[float]], sizes: NDArray[np.float64], new: NDArray[np.bool_]) -> dict[str, float]:
-    """Bits per byte, and paired differences: of all holes, and of those in which a name stood that only the block has."""
+def compared(found: dict[str, list[float]], sizes: NDArray[np.float64]) -> dict[str, float]:
+    """Bits per byte, and paired differences."""
     values = {name: np.array(one) for name, one in found.items()}
     metrics: dict[str, float] = {f"{name}_bits_per_byte": float(one.sum() / sizes.sum()) for name, one in values.items()}
-    metrics["named_elsewhere_holes"] = int(new.sum())
     pairs = [*((name, "none") for name in values if name != "none"), *(("block", other) for other in ("in_front", "with_own", "unrelated"))]
     for a, b in pairs:
-        for where, mask in (("", np.ones(len(new), dtype=bool)), ("named_elsewhere_", new)):
-            if mask.any():
-                for what, value in zip(("", "_low", "_high"), interval(values[a][mask], values[b][mask], sizes[mask]), strict=True):
-                    metrics[f"{where}{a}_minus_{b}_bits{what}"] = value
+        for what, value in zip(("", "_low", "_high"), interval(values[a], values[b], sizes), strict=True):
+            metrics[f"{a}_minus_{b}_bits{what}"] = value
     return metrics
 
 
@@ -285,17 +286,17 @@ async def trunk(budget: int) -> dict[str, float]:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.repository", description=__doc__)
-    parser.add_argument("--part", choices=["quality", "trunk"], help="one part of it")
-    parser.add_argument("--model", default="starter", help="for quality")
-    parser.add_argument("--holes", type=int, default=HOLES)
+    parser.add_argument("--part", choices=[*HOLES, "trunk"], help="one part of it")
+    parser.add_argument("--model", default="starter", help="for random and named")
     parser.add_argument("--tokens", type=int, default=BLOCK_TOKENS, help="of the block, for trunk")
-    parser.add_argument("--quick", action="store_true", help="10 holes; no goals")
+    parser.add_argument("--quick", action="store_true", help="few holes; no goals")
     choice = parser.parse_args()
     metrics: dict[str, float] = {}
-    if choice.part != "quality":
+    if choice.part in (None, "trunk"):
         metrics |= await trunk(choice.tokens)
-    if choice.part != "trunk":
-        metrics |= await quality(choice.model, 10 if choice.quick else choice.holes)
+    counts = {where: 5 if choice.quick else count for where, count in HOLES.items() if choice.part in (None, where)}
+    if counts:
+        metrics |= await quality(choice.model, counts)
     report("repository", metrics, () if choice.quick else GOALS)
 
 

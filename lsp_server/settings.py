@@ -43,7 +43,7 @@ class InlineSettings(Part):
         default=-1,
         ge=-1,
         le=32_768,
-        description="How much it sees of the project's other files, their outlines, in tokens, about; 0: nothing, -1: what suits the model.",
+        description="How much of other files, their outlines, in tokens, about; 0: nothing, -1: what suits the model.",
     )
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 always gives the likeliest completion.")
     reuse: Literal["off", "exact", "shifted"] = Field(

@@ -20,7 +20,19 @@ from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
-from model_host.generation import Chat, Cost, Facts, Finish, Generation, Priority, Progress, Request, Reuse, TokenLogprob
+from model_host.generation import (
+    REPOSITORY_TOKENS,
+    Chat,
+    Cost,
+    Facts,
+    Finish,
+    Generation,
+    Priority,
+    Progress,
+    Request,
+    Reuse,
+    TokenLogprob,
+)
 from model_host.grammar import GrammarGuide, vocabulary_of
 from model_host.pages import PAGE_TOKENS, Ids, PagePool, pages_for, shared
 from model_host.reuse.shifted import Source
@@ -88,7 +100,7 @@ def load_engine(
         without_fim=None if tokenizer.has_fim else without_infilling(folder),
         without_chat=tokenizer.without_chat,
         load_s=time.monotonic() - started,
-        repository_tokens=Facts.repository_tokens if model.config.parameters >= LEAST_PARAMETERS else 0,
+        repository_tokens=REPOSITORY_TOKENS if model.config.parameters >= LEAST_PARAMETERS else 0,
         cache_bytes=runner.cache_bytes,
         cache_tokens=runner.pages * PAGE_TOKENS,
     )

@@ -223,6 +223,9 @@ class Generation:
         return self.cost
 
 
+REPOSITORY_TOKENS = 1024
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What an engine runs, for status, log and doctor."""
@@ -238,7 +241,7 @@ class Facts:
     """Why it cannot fill in the middle, a sentence for the user; None when it can."""
     without_chat: str | None = None
     """Why it does not converse, a sentence for the user; None when it does."""
-    repository_tokens: int = 1024
+    repository_tokens: int = REPOSITORY_TOKENS
     """How much about other files it is told, where the user does not say."""
     cache_bytes: int = 0
     """Memory for latents."""
