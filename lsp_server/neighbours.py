@@ -18,6 +18,7 @@ INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*\"([^\"\n]+)\"", re.M)
 JAVA = re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?([\w.]+)", re.M)
 RUST = re.compile(r"^[ \t]*(?:pub(?:\([^)]*\))?[ \t]+)?(?:mod[ \t]+(\w+)[ \t]*;|use[ \t]+crate::([\w:]+))", re.M)
 RUBY = re.compile(r"^[ \t]*require_relative[ \t]*\(?['\"]([^'\"\n]+)['\"]", re.M)
+COMMENT = re.compile(r"#[^\n]*")
 SCRIPTS = (".ts", ".tsx", ".js", ".jsx", ".mjs", ".d.ts", "/index.ts", "/index.tsx", "/index.js")
 
 Places = tuple[Path, ...]
@@ -57,8 +58,8 @@ def in_python(text: str, file: Path, root: Path) -> Iterator[Places]:
             yield from (modules_at(above_or_src(file, root), name.split()[0]) for name in modules.split(",") if name.strip())
             continue
         bases = [file.parents[len(dots) - 1]] if 0 < len(dots) <= len(file.parents) else above_or_src(file, root)
-        for name in names.strip("()").split(","):
-            if word := name.split("#")[0].split()[:1]:
+        for name in COMMENT.sub("", names).strip("()").split(","):
+            if word := name.split()[:1]:
                 inner = modules_at(bases, f"{module}.{word[0]}".strip(".")) if word[0] != "*" else ()
                 yield *inner, *(modules_at(bases, module) if module else ())
 

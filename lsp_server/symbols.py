@@ -158,7 +158,7 @@ def outline(lines: Sequence[str], language: str) -> list[str]:
         while types and depth <= types[-1][0]:
             types.pop()
         if header(line, language) is not None:
-            end, within = end_of_header(lines, index - 1), ""
+            end, within = index if line.rstrip().endswith("{") else end_of_header(lines, index - 1), ""
             found += lines[index - 1 : end]
             if TYPE.match(line):
                 types.append((depth, next((indentation(below) for below in lines[end : end + 50] if not NOT_MEMBERS.match(below)), 0)))

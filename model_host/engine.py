@@ -50,7 +50,7 @@ PAUSE_S = 1.0
 CLOSE_CALL_NATS = 0.05
 """About as much do shifted latents move the lead of one token over the next (docs/log.md): a smaller one is left to exact latents."""
 LEAST_PARAMETERS = 1_000_000_000
-"""A smaller model, such as the starter, was seen to make nothing of other files' outlines (docs/log.md)."""
+"""A smaller model, such as the starter, loses a little by what it is told of other files, at most places (docs/log.md)."""
 MAX_INEXACT = 8
 """So many prompts wait for being computed exactly."""
 CHUNK_S = 0.2

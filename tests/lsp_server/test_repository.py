@@ -1,4 +1,4 @@
-"""What the model is told of a workspace's other files: the same for all of them, growing at rest only, and never what is none of its business."""
+"""What the model is told of a workspace's other files: all are told the same, it grows at rest only, and some files are never told of."""
 
 import os
 import sys
@@ -76,7 +76,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
 
 
 async def test_what_a_document_imports_is_told_once_the_user_rests_and_the_document_itself_once_it_was_left(workspace: Workspace):
-    workspace.write(a_py="from b import total\n\ndef first(): pass\n", b_py="def total(items):\n    secret = 1\n", c_py="def third(): pass\n")
+    workspace.write(
+        a_py="from b import total\n\ndef first(): pass\n", b_py="def total(items):\n    secret = 1\n", c_py="def third(): pass\n"
+    )
     first = await workspace.complete(workspace.open("a.py"))
     assert workspace.told == ""
     await workspace.rest(first)
@@ -209,7 +211,10 @@ async def test_a_huge_workspace_costs_a_keystroke_nothing_and_rest_the_files_tha
 
 
 pieces = st.builds(
-    lambda name, size, version: Piece(Path(name), name, f"# {name}\n{version}" + "x" * size), st.sampled_from("abcdefgh"), st.integers(0, 40), st.integers(0, 2)
+    lambda name, size, version: Piece(Path(name), name, f"# {name}\n{version}" + "x" * size),
+    st.sampled_from("abcdefgh"),
+    st.integers(0, 40),
+    st.integers(0, 2),
 )
 wanted_lists = st.lists(pieces, max_size=8, unique_by=lambda piece: piece.file)
 

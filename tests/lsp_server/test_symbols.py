@@ -142,7 +142,11 @@ describe("x", () => {
         ),
         ('"""Words.\n\nclass Not:\n"""\nX: int = 1\nif X:\n    Y = 2\nfor z in X: print(z)\n', "python", "X: int = 1"),
         (JAVASCRIPT, "javascript", "export const add = (a, b) => {|class Shop {|  async total(tax) {|function last() { return 1; }"),
-        (TYPESCRIPT, "typescript", 'export const LIMIT = 3;|export interface Item {|  name: string;|  count?: number;|describe("x", () => {'),
+        (
+            TYPESCRIPT,
+            "typescript",
+            'export const LIMIT = 3;|export interface Item {|  name: string;|  count?: number;|describe("x", () => {',
+        ),
         (
             CPP,
             "cpp",

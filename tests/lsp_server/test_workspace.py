@@ -40,7 +40,9 @@ def test_folders_of_installed_code_are_skipped_by_their_whole_names(tmp_path: Pa
     assert is_own(tmp_path / "packages" / "a", tmp_path) and not is_own(tmp_path / "node_modules" / "c", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "said"), [("nothing.py", "cannot be read"), (".env", "secrets"), ("folder", "no file"), ("large.py", "larger")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("nothing.py", "cannot be read"), (".env", "secrets"), ("folder", "no file"), ("large.py", "larger")]
+)
 def test_what_is_not_read_is_said_in_a_sentence(tmp_path: Path, name: str, said: str):
     written(tmp_path, **{".env": "A=1", "large.py": "x" * 200, "folder__x": ""})
     with pytest.raises(Refusal, match=said):

@@ -116,7 +116,9 @@ def test_what_is_known_of_other_files_comes_before_the_prefix_and_is_always_cut_
         where = Endpoint(**{"url": "http://x/v1"} | changes)
         return question(Request(prompt=hole, max_new_tokens=10), where, Served(model="m", context_tokens=context_tokens)).body
 
-    assert asked()["prompt"].startswith(f"{remote.BOS}{remote.FIM_BEGIN}# b.py\n<|fim▁hole|>bbb") and "ba<｜fim▁hole｜>" in asked()["prompt"]
+    assert (
+        asked()["prompt"].startswith(f"{remote.BOS}{remote.FIM_BEGIN}# b.py\n<|fim▁hole|>bbb") and "ba<｜fim▁hole｜>" in asked()["prompt"]
+    )
     assert asked(fim="suffix")["prompt"].startswith("# b.py\n") and asked(fim="suffix")["prompt"].endswith("bam")
     infill = asked(fim="infill")
     assert infill["input_prefix"] == "a" and infill["input_extra"][0]["text"].startswith("# b.py\n")
