@@ -175,6 +175,11 @@ class Connection(LanguageServer):
         self.stop_ahead()
         self._ahead = asyncio.create_task(work)
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether such work runs."""
+        return self._ahead is not None and not self._ahead.done()
+
     def stop_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead.cancel()
