@@ -33,6 +33,8 @@ FULL_SHARE = 0.75
 """Made anew, the block has so much of its length; the rest is for what changes until the next time."""
 FILE_SHARE = 0.125
 """No file takes more of it."""
+UNREADABLE = (OSError, ValueError, Refusal)
+"""A name that no file can have, a file that may not be read, a .gitignore that makes no sense: what that would hide is not known."""
 NEAR_DOCUMENTS = 5
 """So many of the documents used last have the same claim to it."""
 
@@ -167,8 +169,11 @@ def piece_of(file: File, max_chars: int) -> Piece | None:
 
 def own(document: Open, folders: list[str]) -> File | None:
     """A document that is one of the project's own files."""
-    root, real = workspace.root_of(document.path, folders), document.path.resolve()
-    if root is None or is_secret(document.path.name) or not is_own(real, root):
+    try:
+        root, real = workspace.root_of(document.path, folders), document.path.resolve()
+        if root is None or is_secret(document.path.name) or not workspace.is_own(real, root):
+            return None
+    except UNREADABLE:
         return None
     return File(real, root, document.language, document.lines)
 
@@ -176,21 +181,14 @@ def own(document: Open, folders: list[str]) -> File | None:
 def imports(file: File, opened: dict[Path, File], folders: list[str]) -> Iterator[File]:
     """The project's own files that a file imports."""
     for places in neighbours.imported("".join(file.lines), file.language, file.path, file.root):
-        real = next((place.resolve() for place in places if place.is_file()), None)
-        if real in opened:
-            yield opened[real]
-        elif real and (root := workspace.root_of(real, folders)) and is_own(real, root):
-            try:
+        try:
+            real = next((place.resolve() for place in places if place.is_file()), None)
+            if real in opened:
+                yield opened[real]
+            elif real and (root := workspace.root_of(real, folders)) and workspace.is_own(real, root):
                 yield File(real, root, language_of(real), lines_of(real, real.stat().st_mtime_ns, tuple(folders)))
-            except (OSError, Refusal):
-                continue
-
-
-def is_own(real: Path, root: Path) -> bool:
-    try:
-        return workspace.is_own(real, root)
-    except (OSError, ValueError):  # a .gitignore that cannot be read: what it hides is not known
-        return False
+        except UNREADABLE:
+            continue
 
 
 @lru_cache(MAX_FILES)

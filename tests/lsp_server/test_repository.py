@@ -191,6 +191,14 @@ async def test_open_documents_of_that_kind_are_not_told_either(workspace: Worksp
     assert "hidden_name" not in await workspace.visit("b.py") and "first" in workspace.block
 
 
+async def test_imports_of_what_cannot_be_a_file_and_folders_that_make_no_sense_do_not_hide_the_others(workspace: Workspace):
+    workspace.write(a_py=f"import {'x' * 5000}\nimport odd.b\nimport c\n", odd__b_py="def b(): pass\n", c_py="def c(): pass\n")
+    (workspace.root / "odd" / ".gitignore").mkdir()
+    (workspace.root / "odd" / "b.py").chmod(0)
+    (workspace.root / "loop.py").symlink_to(workspace.root / "loop.py")
+    assert "def c(): pass" in await workspace.visit("a.py")
+
+
 async def test_without_a_folder_nothing_is_told(workspace: Workspace):
     workspace.memory = ask.Memory(repository=Repository(workspace.session, list))
     workspace.write(a_py="import b\n", b_py="def total(): pass\n")
