@@ -1,5 +1,5 @@
 """python -m benchmarks.formats [--quick] [--device cpu]: what weights in fewer bits lose, and what reading them takes, in our formats and
-in those of bitsandbytes, where that is installed (pip install -e ".[formats]").
+in those of bitsandbytes, where that is installed (pip install -e ".[bitsandbytes]").
 
 Lost: the relative error of normally distributed weights; and with the starter's own weights rounded, everything else being float32, the
 divergence from float32 in nats a token over code that it was not trained on, what the text that stood in holes costs in bits a byte, and

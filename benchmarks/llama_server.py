@@ -108,7 +108,7 @@ async def compared(server: str) -> dict[str, float]:
                 metrics[f"{fim}_same"] = sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
                 if fim == "tokens":
                     long = Request(prompt=requests[0].prompt, max_new_tokens=4000)
-                    metrics["cancelled_ends_there"] = await stops_there(there, url, long)
+                    metrics["cancelled_ends_there"] = float(await stops_there(there, url, long))
                     metrics["context_tokens_told"] = there.facts.context_tokens
                 there.close()
             there = await asyncio.to_thread(connect, Endpoint(url=f"{url}/v1"))

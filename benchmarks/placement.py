@@ -1,11 +1,11 @@
-"""python -m benchmarks.placement [--shape mid|tiny] [--device cpu]: what loading takes, and what each format and number of ranks gives.
+"""python -m benchmarks.placement [--shape mid|tiny] [--device cuda:0]: what loading takes, and what each format and number of ranks gives.
 
 A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
-the process at most while loading over what the weights take, the time over that of a plain read of the files (from the system's cache, as
-the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then the plain torch model
-with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the bandwidth that the
-same run measures. Last the same model with its layers in 2 and 4 parts, one after the other in one process. NF4 is measured by
-benchmarks.formats.
+the process (of a GPU: of the card) at most while loading over what the weights take, the time over that of a plain read of the files
+(from the system's cache, as the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then
+the plain torch model with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the
+bandwidth that the same run measures there. Last the same model with its layers in 2 and 4 parts, one after the other in one process.
+How many bits lose how much is measured by benchmarks.formats.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.engine import MID, TINY, in_own_process, read_bytes_per_s
+from benchmarks.gpu import device_seconds
 from benchmarks.report import Goal, report
 from model_host.batch import Span, Step
 from model_host.catalogue import Precision
@@ -35,14 +36,14 @@ from model_host.native.library import available_levels
 from model_host.native.model import NativeModel, random_weights
 from model_host.pages import pages_for
 from model_host.placement import Device, Share, groups
-from model_host.quantized import BITS, pack, unpack
+from model_host.quantized import BITS, FEWER_BITS, pack, unpack
 from model_host.runner import StepModel
 
 SHAPES = {"mid": MID, "tiny": TINY}
 CONTEXT_TOKENS, STEPS = 512, 40
 THREADS = 2
 SAMPLED_EVERY_S = 0.002
-FORMATS = ("bfloat16", "int8", "int4")
+FORMATS = ("bfloat16", "int8", "int4", "nf4")
 GOALS = tuple(Goal(f"{form}_{kind}_peak_over_final", "<=", 1.15) for form in ("native", "torch") for kind in FORMATS)
 
 
@@ -85,7 +86,7 @@ def loaded(
     """With such layers and experts on each device."""
     place = Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0)
     shares = [Share(device=place, layers=layers, experts=experts, weight_bytes=0) for layers, experts in divided]
-    compute = torch.bfloat16 if precision in BITS else getattr(torch, precision)
+    compute = torch.bfloat16 if precision in FEWER_BITS else getattr(torch, precision)
     torch.set_num_threads(THREADS)
     return load_spread(
         folder, shares, precision=precision, dtype=compute, threads=threads, kernels=kernels, progress=lambda what, share: None
@@ -116,6 +117,8 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
     load_s = time.perf_counter() - started
     loaded.set()
     sampler.join()
+    if model.device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(model.device)
     pages = pages_for(CONTEXT_TOKENS)
     latents = model.pool(pages) if isinstance(model, LayeredModel) else LatentPool(model.config, pages, model.latent_dtype, model.device)
     for part in latents.parts if isinstance(latents, LayeredPool) else (latents,):
@@ -135,6 +138,13 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
         "weights_mb": model.weight_bytes / 1e6,
         "decode_tokens_per_s": 1 / sorted(times)[STEPS // 2],
     }
+
+
+def gpu_read_bytes_per_s() -> float:
+    """How fast a GPU's memory is: 2 GiB are read and written."""
+    numbers = torch.ones(1 << 29, device="cuda")
+    copy = torch.empty_like(numbers)
+    return 2 * numbers.nbytes / device_seconds(numbers.device, lambda: copy.copy_(numbers))
 
 
 def alone(load: Callable[[], StepModel]) -> dict[str, float]:
@@ -177,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = written(Path(place) / "checkpoint", config)
         read_s = min(plain_read_s(folder, config) for _ in range(3))
-        bandwidth = in_own_process(read_bytes_per_s)
+        bandwidth = in_own_process(read_bytes_per_s if arguments.device == "cpu" else gpu_read_bytes_per_s)
         metrics |= {"plain_read_s": read_s, "bandwidth_gb_per_s": bandwidth / 1e9}
         forms: dict[str, Callable[[str], Callable[[], StepModel]]] = {
             "torch": lambda kind: partial(spread, folder, kind, arguments.device, 1, "torch")
@@ -188,6 +198,8 @@ def main() -> None:
             read_mb = read_mb_per_token(config, kind)
             metrics[f"{kind}_read_mb_per_token"] = read_mb
             for form, load in forms.items():
+                if (form, kind) == ("native", "nf4"):
+                    continue  # the compiled kernels have none
                 found = alone(load(kind))
                 found["load_over_plain_read"] = found.pop("load_s") / read_s
                 found["share_of_ceiling"] = found["decode_tokens_per_s"] * read_mb * 1e6 / bandwidth

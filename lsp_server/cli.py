@@ -39,7 +39,7 @@ app = typer.Typer(
 )
 STDIO = typer.Option("--stdio", help="Accepted for editors that pass it: stdin and stdout are the only way to talk.")
 LINES_AROUND = 6
-PLANNED = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+PLANNED = ("auto", "float32", "bfloat16", "float16", "int8", "int4", "nf4")
 
 
 def say_version(wanted: bool) -> None:

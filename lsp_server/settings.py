@@ -83,7 +83,7 @@ class RemoteSettings(Part):
     stall_s: float = Field(default=20.0, gt=0, le=3600, description="How long it may be silent within an answer.")
 
 
-INSTEAD = {"nf4": "int4", "fp4": "int4", "4bit": "int4", "q4_k_m": "int4", "fp8": "int8", "8bit": "int8", "q8_0": "int8"}
+INSTEAD = {"fp4": "int4", "4bit": "int4", "q4_k_m": "int4", "fp8": "int8", "8bit": "int8", "q8_0": "int8"}
 """Formats that other engines have, and what takes about as much memory here and loses about as little."""
 
 
@@ -105,8 +105,9 @@ class Settings(Part):
     chat_model: str = Field(default="", description="Another checkpoint for actions and chat, loaded when first needed; empty: the same.")
     chat_idle_s: float = Field(default=900.0, ge=1, description="chat_model is let go when nobody asked it for so long.")
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"], BeforeValidator(of_this_engine)] = Field(
-        default="auto", description="Type of the weights in memory."
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "nf4"], BeforeValidator(of_this_engine)] = Field(
+        default="auto",
+        description="Type of the weights in memory; nf4 is bitsandbytes', to be installed beside, and slower than int4.",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the engine; 0 takes as many as prove fastest.")
     kernels: Literal["auto", "torch"] = Field(default="auto", description="'torch' does without the compiled kernels for CPUs.")

@@ -32,11 +32,12 @@ class Precision(StrEnum):
     FLOAT16 = "float16"
     INT8 = "int8"
     INT4 = "int4"
+    NF4 = "nf4"
 
     @property
     def bits(self) -> float:
-        """Per weight; 4-bit ones share a 16-bit scale among 64."""
-        return {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.0 + 16 / 64}[self]
+        """Per weight; 64 of four bits share a scale of 16 bits, in NF4 of 32."""
+        return {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.0 + 16 / 64, "nf4": 4.0 + 32 / 64}[self]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

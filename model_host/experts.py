@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_host.config import ModelConfig
+from model_host.nf4 import Nf4Stack
 from model_host.quantized import Stack
 
 
@@ -55,9 +56,11 @@ class TorchExperts(nn.Module):
         self.held, self.first = held, config.first_k_dense_replace
         self.device, self.inner = device, config.moe_intermediate_size
         hidden, layers = config.hidden_size, range(self.first, config.num_hidden_layers)
-        self.gate_up = nn.ModuleList(Stack(len(held), 2 * self.inner, hidden, precision, dtype, device) for _ in layers)
-        self.down = nn.ModuleList(Stack(len(held), hidden, self.inner, precision, dtype, device) for _ in layers)
+        self.gate_up = nn.ModuleList(stack(len(held), 2 * self.inner, hidden, precision, dtype, device) for _ in layers)
+        self.down = nn.ModuleList(stack(len(held), hidden, self.inner, precision, dtype, device) for _ in layers)
         self.dtype = dtype
+        self.in_kernels = precision != "nf4"
+        """Whether the kernels of captured graphs can read them."""
         self._slots = first_slots(config, held)
         self._slots_there = self._slots.to(device)
 
@@ -67,14 +70,14 @@ class TorchExperts(nn.Module):
 
     def put(self, layer: int, expert: int, kind: str, weight: Tensor) -> None:
         """`kind` as in a checkpoint: gate_proj, up_proj or down_proj."""
-        stack = (self.down if kind == "down_proj" else self.gate_up)[layer - self.first]
-        assert isinstance(stack, Stack)
-        stack.put(int(self._slots[layer, expert]), self.inner if kind == "up_proj" else 0, weight)
+        matrices = (self.down if kind == "down_proj" else self.gate_up)[layer - self.first]
+        assert isinstance(matrices, Stack | Nf4Stack)
+        matrices.put(int(self._slots[layer, expert]), self.inner if kind == "up_proj" else 0, weight)
 
-    def stacks(self, layer: int) -> tuple[Stack, Stack]:
+    def stacks(self, layer: int) -> tuple[Stack | Nf4Stack, Stack | Nf4Stack]:
         """A layer's matrices as they lie: [slots, 2I, D], gate rows before up rows, and [slots, D, I]."""
         gate_up, down = self.gate_up[layer - self.first], self.down[layer - self.first]
-        assert isinstance(gate_up, Stack) and isinstance(down, Stack)
+        assert isinstance(gate_up, Stack | Nf4Stack) and isinstance(down, Stack | Nf4Stack)
         return gate_up, down
 
     def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
@@ -99,6 +102,12 @@ class TorchExperts(nn.Module):
         return out.index_add_(0, rows, y.float() * weights[rows, places].float().unsqueeze(-1))
 
 
+def stack(experts: int, rows: int, columns: int, precision: str, dtype: torch.dtype, device: torch.device) -> Stack | Nf4Stack:
+    if precision == "nf4":
+        return Nf4Stack(experts, rows, columns, device)
+    return Stack(experts, rows, columns, precision, dtype, device)
+
+
 def first_slots(config: ModelConfig, held: range) -> Tensor:
     """Where a holder keeps each expert of each layer [L, E]: its place, or -1 for one that is not there."""
     slots = torch.full((config.num_hidden_layers, config.n_routed_experts or 0), -1)
@@ -116,10 +125,10 @@ class Spread:
 
     @property
     def whole(self) -> TorchExperts | None:
-        """The one holder, in plain torch, that has all experts, each in the slot of its own number; where there is one."""
-        if self.elsewhere is None and len(self.here) == 1 and isinstance(self.here[0], TorchExperts):
-            return self.here[0]
-        return None
+        """The one holder, on torch's side, that has all experts, each in the slot of its own number, as kernels read them; where there is
+        one."""
+        only = self.here[0] if self.elsewhere is None and len(self.here) == 1 else None
+        return only if isinstance(only, TorchExperts) and only.in_kernels else None
 
     def __call__(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [T, D], weights and experts [T, K] -> [T, D]"""
@@ -145,7 +154,9 @@ class SpreadLayer(nn.Module):
     def stacks(self) -> tuple[Stack, Stack]:
         """Of a spread that is whole."""
         assert self._spread.whole is not None
-        return self._spread.whole.stacks(self._layer)
+        gate_up, down = self._spread.whole.stacks(self._layer)
+        assert isinstance(gate_up, Stack) and isinstance(down, Stack)
+        return gate_up, down
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return self._spread(self._layer, x, weights, experts)

@@ -26,10 +26,12 @@ from model_host.latents import LatentPool, LayeredPool
 from model_host.models.deepseek_v2 import Model, MoE
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeExperts
+from model_host.nf4 import Nf4Linear
 from model_host.placement import Share
-from model_host.quantized import BITS, Bits, PackedLinear, linears
+from model_host.quantized import BITS, FEWER_BITS, PackedLinear, linears
 from model_host.ranks import Post, Ranks
 
+PACKED = PackedLinear | Nf4Linear
 PLAIN = ("kv_b_proj", "lm_head")
 """Linear layers that stay as they are: attention over latents takes the first apart, and the second decides between close calls."""
 
@@ -52,7 +54,7 @@ def load_experts(
     weights = tensors(checked_shards(folder, config), progress)
     if layers is not None:
         weights, config = of_layers(weights, layers), config.of(layers)
-    if device.type == "cpu" and kernels == "auto" and why_unavailable() is None:
+    if device.type == "cpu" and kernels == "auto" and precision != "nf4" and why_unavailable() is None:
         return NativeExperts(config, weights, precision, held, threads)
     here = TorchExperts(config, held, precision, dtype, device)
     places = dict(sinks(here, config))
@@ -80,7 +82,7 @@ def load_dense(
         weights = of_layers(weights, layers)
     model = empty_dense(config, spread, layers, precision=precision, dtype=dtype, device=device)
     places: dict[str, Callable[[Tensor], object]] = {name: place.copy_ for name, place in destinations_in(model)}
-    places |= {f"model.{name}.weight": module.put for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    places |= {f"model.{name}.weight": module.put for name, module in model.named_modules() if isinstance(module, PACKED)}
     for name, tensor in weights:
         if name in places:
             places[name](tensor)
@@ -98,21 +100,25 @@ def empty_dense(
     for layer, block in enumerate(model.blocks()):
         if isinstance(block.mlp, MoE):
             setattr(block.mlp, "experts", SpreadLayer(spread, layer))  # noqa: B010  it only has to be called like one
-    if precision in BITS:
+    if precision in FEWER_BITS:
         _pack_linears(model, precision, device)
     allocate(model, device, dtype)
     return model
 
 
 def _pack_linears(model: Model, precision: str, device: torch.device) -> None:
-    """Puts packed layers in the place of plain ones: attention's in int8 even where the others are int4, as few as they are."""
+    """Puts packed layers in the place of plain ones: attention's in int8 even where the others have four bits, as few as they are."""
     for name, linear in list(linears(model)):
         stem, _, own = name.rpartition(".")
         if own in PLAIN:
             continue
-        bits: Bits = 8 if stem.endswith("self_attn") else BITS[precision]
-        parent: nn.Module = model.get_submodule(stem)
-        setattr(parent, own, PackedLinear(linear.out_features, linear.in_features, bits, device))
+        rows, columns, in_attention = linear.out_features, linear.in_features, stem.endswith("self_attn")
+        packed: nn.Module
+        if precision == "nf4" and not in_attention:
+            packed = Nf4Linear(rows, columns, device)
+        else:
+            packed = PackedLinear(rows, columns, 8 if in_attention else BITS[precision], device)
+        setattr(model.get_submodule(stem), own, packed)
 
 
 def load_spread(

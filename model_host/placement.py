@@ -27,6 +27,7 @@ GROUP_COLUMNS = 64
 """Columns of a row that share a scale in int4."""
 SCALE_BYTES = 2
 """bfloat16: in int8 one a row, in int4 one a group of columns."""
+FOUR_BITS = (Precision.INT4, Precision.NF4)
 PREFERRED = (Precision.BFLOAT16, Precision.INT8, Precision.INT4)
 """What "auto" tries, the best first."""
 CHUNK_TOKENS = 2048
@@ -129,9 +130,9 @@ def matrix_bytes(rows: int, columns: int, precision: Precision) -> int:
 
 def groups(config: ModelConfig, precision: Precision) -> tuple[Group, ...]:
     """The bytes of every group of tensors. Where weights are quantized, the vocabulary, the routers, the norms and kv_b_proj (which
-    attention over latents needs in parts) stay in bfloat16; where to int4, the projections of attention, which are few and see every
+    attention over latents needs in parts) stay in bfloat16; where to four bits, the projections of attention, which are few and see every
     token, to int8."""
-    projections = Precision.INT8 if precision is Precision.INT4 else precision
+    projections = Precision.INT8 if precision in FOUR_BITS else precision
     plain = precision if precision.bits >= 16 else Precision.BFLOAT16
     d, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     mixtures = max(layers - config.first_k_dense_replace, 0)
@@ -528,9 +529,11 @@ def _plan_in_words(made: Plan) -> Iterator[str]:
     if any(share.device.kind == "cpu" for share in made.shares[1:]):
         yield "Experts that did not fit on a GPU are computed on the CPU, which is what takes the time."
     if made.precision.bits < 16:
-        but = ", attention's to int8" if made.precision is Precision.INT4 else ""
+        but = ", attention's to int8" if made.precision in FOUR_BITS else ""
         plain = "Vocabulary, routers, norms and kv_b_proj stay in bfloat16."
         yield f"The other weights are quantized to {made.precision}{but}, while they are loaded. {plain}"
+    if made.precision is Precision.NF4:
+        yield "bitsandbytes computes one matrix after the other, which takes several times as long as reading it: int4 is faster."
 
 
 def _impossible_in_words(made: Impossible) -> Iterator[str]:

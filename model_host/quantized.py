@@ -20,6 +20,8 @@ from model_host.placement import GROUP_COLUMNS
 
 Bits = Literal[4, 8]
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
+FEWER_BITS = (*BITS, "nf4")
+"""Precisions that weights are brought to while they are loaded."""
 SHARES = (0.92, 0.84, 0.76)
 """Tried beside the scale that keeps a group's largest weight, as shares of it: smaller ones cut that weight off and round the others
 more finely. The one with the least squared error is taken."""
@@ -115,12 +117,12 @@ class Stack(nn.Module):
         super().__init__()
         self.columns, self.bits = columns, BITS.get(precision)
         if self.bits is None:
-            self.weight = _parameter((experts, rows, columns), dtype, device)
+            self.weight = unfilled((experts, rows, columns), dtype, device)
             return
         width = columns if self.bits == 8 else -(-columns // 2)
         groups = 1 if self.bits == 8 else -(-columns // GROUP_COLUMNS)
-        self.codes = _parameter((experts, rows, width), torch.int8 if self.bits == 8 else torch.uint8, device)
-        self.scales = _parameter((experts, rows, groups), torch.bfloat16, device)
+        self.codes = unfilled((experts, rows, width), torch.int8 if self.bits == 8 else torch.uint8, device)
+        self.scales = unfilled((experts, rows, groups), torch.bfloat16, device)
 
     @property
     def matrices(self) -> Tensor | Packed:
@@ -144,14 +146,18 @@ class Stack(nn.Module):
             else:
                 matrices = unpack(self.codes[choices], self.scales[choices], self.columns, x.dtype)
             return torch.bmm(matrices, x.unsqueeze(-1)).squeeze(-1)
-        experts, counts = choices.unique_consecutive(return_counts=True)
-        parts = zip(experts.tolist(), x.split(counts.tolist()), strict=True)
-        return torch.cat([F.linear(rows, self._matrix(expert, x.dtype)) for expert, rows in parts])
+        return torch.cat([F.linear(rows, self._matrix(expert, x.dtype)) for expert, rows in by_expert(x, choices)])
 
     def _matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         if self.bits is None:
             return self.weight[expert]
         return unpack(self.codes[expert], self.scales[expert], self.columns, dtype)
+
+
+def by_expert(x: Tensor, choices: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that some of the ascending choices [n] name, and its rows of x [n, columns]."""
+    experts, counts = choices.unique_consecutive(return_counts=True)
+    return zip(experts.tolist(), x.split(counts.tolist()), strict=True)
 
 
 class PackedLinear(nn.Module):
@@ -162,8 +168,8 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.bits = columns, rows, bits
         width = columns if bits == 8 else -(-columns // 2)
         groups = 1 if bits == 8 else -(-columns // GROUP_COLUMNS)
-        self.codes = _parameter((rows, width), torch.int8 if bits == 8 else torch.uint8, device)
-        self.scales = _parameter((rows, groups), torch.bfloat16, device)
+        self.codes = unfilled((rows, width), torch.int8 if bits == 8 else torch.uint8, device)
+        self.scales = unfilled((rows, groups), torch.bfloat16, device)
 
     @property
     def matrix(self) -> Packed:
@@ -181,7 +187,8 @@ class PackedLinear(nn.Module):
         return torch.cat([F.linear(x, unpack(codes, scales, self.in_features, x.dtype)) for codes, scales in parts], dim=-1)
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+def unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Memory for weights in whatever form."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 

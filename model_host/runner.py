@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from model_host import nf4
 from model_host.batch import Copy, Shift, Step
 from model_host.catalogue import Entry, Precision
 from model_host.checkpoints import choose_device, load_model
@@ -24,7 +25,7 @@ from model_host.native.library import why_unavailable
 from model_host.native.model import NativeModel
 from model_host.pages import PAGE_TOKENS, pages_for
 from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, Share, in_words, plan
-from model_host.quantized import BITS
+from model_host.quantized import FEWER_BITS
 from model_host.tiers import Latents
 
 LEAST_TOKENS = 1024
@@ -127,7 +128,7 @@ def load(folder: Path, *, device: str, dtype: str, threads: int, kernels: Kernel
     if threads:
         torch.set_num_threads(threads)
     if form.shares:
-        compute = torch.bfloat16 if form.precision in BITS else getattr(torch, form.precision)
+        compute = torch.bfloat16 if form.precision in FEWER_BITS else getattr(torch, form.precision)
         return load_spread(
             folder, form.shares, precision=form.precision, dtype=compute, threads=threads, kernels=kernels, progress=progress
         )  # fmt: skip
@@ -153,7 +154,9 @@ def choose(config: ModelConfig, *, device: str, dtype: str, kernels: Kernels) ->
     """For dtype "auto" bfloat16, as the family was trained, or the most bits that fit; but float32 for a small model in torch on a CPU,
     where it is exact and no slower. Raises CheckpointError when there is no such device."""
     where = choose_device(device)
-    if config.parameters <= SMALL_PARAMETERS and dtype not in BITS:
+    if dtype == "nf4" and (missing := nf4.why_unavailable()):
+        raise CheckpointError(missing)
+    if config.parameters <= SMALL_PARAMETERS and dtype not in FEWER_BITS:
         return _alone(config, where, dtype, kernels)
     devices = [known for known in real_devices() if device == "auto" or torch.device(known.name) == _numbered(where)]
     if not devices:  # a kind of device whose memory nobody can tell
@@ -164,7 +167,7 @@ def choose(config: ModelConfig, *, device: str, dtype: str, kernels: Kernels) ->
     if isinstance(made, Impossible):
         return replace(_alone(config, where, dtype, kernels), problem=" ".join(in_words(made)))
     form = _alone(config, torch.device(made.shares[0].device.name), made.precision.value, kernels)
-    if len(made.shares) == 1 and (form.torch_because is None or form.precision not in BITS):
+    if len(made.shares) == 1 and (form.torch_because is None or form.precision not in FEWER_BITS):
         return form
     return replace(form, shares=made.shares, spread_in_words=tuple(in_words(made)))
 
@@ -180,6 +183,8 @@ def _alone(config: ModelConfig, where: torch.device, dtype: str, kernels: Kernel
         reason = f"The device is {where}."
     elif kernels == "torch":
         reason = "The setting kernels is 'torch'."
+    elif dtype == "nf4":
+        reason = "The compiled kernels have no nf4: choose int4."
     elif dtype == "float16":
         reason = "The compiled kernels have no float16: choose bfloat16."
     else:

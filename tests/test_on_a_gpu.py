@@ -88,7 +88,7 @@ async def test_what_leaves_the_gpu_stays_in_the_computers_memory():
     assert all(cost.computed_tokens < 40 for cost in costs)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4", "nf4"])
 async def test_every_precision_answers(dtype: str):
     engine = on("cuda", dtype)
     try:

@@ -113,7 +113,7 @@ def test_doctor_plans_on_this_machine_and_refuses_what_it_does_not_know(tmp_path
         (["--model", "nobody/nothing"], "deepseek-lsp download nobody/nothing"),
         (["--model", "v2", "--devices", "many"], "describes no device"),
         (["--model", "v2", "--dtype", "int3"], "'int3' is none of"),
-        (["--model", "v2", "--dtype", "nf4"], "int4 comes nearest to it"),
+        (["--model", "v2", "--dtype", "fp4"], "int4 comes nearest to it"),
     ):
         done = run("doctor", *arguments, home=tmp_path)
         assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).replace("│", " ").split())

@@ -28,7 +28,7 @@ def test_a_bad_value_is_named_with_its_place_and_the_lower_layer_still_counts():
     )
 
 
-@pytest.mark.parametrize(("dtype", "instead"), [("nf4", "int4"), ("fp8", "int8")])
+@pytest.mark.parametrize(("dtype", "instead"), [("fp4", "int4"), ("fp8", "int8")])
 def test_a_format_of_other_engines_is_refused_with_the_one_to_choose(dtype: str, instead: str):
     settings, (problem,) = merge([Layer("config.toml", {"dtype": dtype, "threads": 2})])
     assert settings.dtype == "auto" and settings.threads == 2

@@ -23,6 +23,8 @@ from model_host.pages import PAGE_TOKENS, pages_for
 from model_host.quantized import Bits, Packed, PackedLinear, pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+"""Where the plain forms run as well: they ask for numbers that lie on the device, which no captured graph may."""
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -271,18 +273,18 @@ def test_bfloat16_on_tensor_cores(kernels: ModuleType):
     assert off(kernels.attend(q, q_pe, keys, k_pe, table, owner, context, 0.2), wanted) < 0.03
 
 
-def model(**changes: Any) -> Model:
+def model(device: torch.device = DEVICE, **changes: Any) -> Model:
     torch.manual_seed(0)
-    built = Model(ModelConfig.model_validate(SIZES | {"model_type": "deepseek_v2"} | changes)).to(DEVICE).eval()
+    built = Model(ModelConfig.model_validate(SIZES | {"model_type": "deepseek_v2"} | changes)).to(device).eval()
     for name, parameter in built.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return built
 
 
-def pool(config: ModelConfig) -> LatentPool:
+def pool(config: ModelConfig, device: torch.device) -> LatentPool:
     """A pool whose memory holds what nobody may read."""
-    latents = LatentPool(config, 60, torch.float32, DEVICE)
+    latents = LatentPool(config, 60, torch.float32, device)
     latents.c_kv.fill_(float("nan"))
     latents.k_pe.fill_(float("nan"))
     return latents
@@ -315,22 +317,22 @@ def steps() -> list[Step]:
 
 
 def same_logits(built: Model, operations: Any) -> None:
-    ours, reference = pool(built.config), pool(built.config)
+    ours, reference = pool(built.config, built.device), pool(built.config, built.device)
     gpu = GpuModel(built, operations)
     for step in steps():
         with torch.inference_mode():
-            wanted = built(Layout.of(step, DEVICE, 16), reference)
+            wanted = built(Layout.of(step, built.device, 16), reference)
         torch.testing.assert_close(gpu.forward(step, ours), wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, ODD, GROUPED, {"n_shared_experts": None}], ids=["usual", "odd", "groups", "no shared experts"])
 def test_steps_over_static_buffers_give_what_the_plain_model_gives(changes: dict[str, Any]):
-    same_logits(model(**changes), plain)
+    same_logits(model(CPU, **changes), plain)
 
 
 def some_layers(built: Model, layers: range) -> Model:
     config = built.config
-    part = Model(config.of(layers), begins=layers.start == 0, ends=layers.stop == config.num_hidden_layers).to(DEVICE)
+    part = Model(config.of(layers), begins=layers.start == 0, ends=layers.stop == config.num_hidden_layers).to(built.device)
     named = of_layers(((f"model.{name}", weight) for name, weight in built.state_dict().items()), layers)
     weights = {name.removeprefix("model."): weight for name, weight in named}
     part.load_state_dict({name: weights[name] for name in part.state_dict()})
@@ -340,12 +342,12 @@ def some_layers(built: Model, layers: range) -> Model:
 @pytest.mark.parametrize("changes", [{}, GROUPED], ids=["usual", "groups"])
 @pytest.mark.parametrize("parts", [(range(1), range(1, 3)), (range(1), range(1, 2), range(2, 3))], ids=["two", "three"])
 def test_steps_of_layers_apart_give_what_the_plain_model_gives(changes: dict[str, Any], parts: tuple[range, ...]):
-    built = model(**changes)
+    built = model(CPU, **changes)
     apart = [GpuModel(some_layers(built, layers), plain) for layers in parts]
-    pools, reference = [pool(part.config) for part in apart], pool(built.config)
+    pools, reference = [pool(part.config, CPU) for part in apart], pool(built.config, CPU)
     for step in steps():
         with torch.inference_mode():
-            wanted = built(Layout.of(step, DEVICE, 16), reference)
+            wanted = built(Layout.of(step, CPU, 16), reference)
         x: Tensor | None = None
         for part, latents in zip(apart, pools, strict=True):
             x = part.forward(step, latents, x)
@@ -358,10 +360,10 @@ def test_steps_of_kernels_give_what_the_plain_model_gives(kernels: ModuleType, c
     same_logits(model(**changes, num_hidden_layers=2), SimpleNamespace(**vars(kernels) | {"attend": few_parts}))
 
 
-def packed_model(bits: Bits, **changes: Any) -> Model:
+def packed_model(bits: Bits, device: torch.device = DEVICE, **changes: Any) -> Model:
     """With experts and linear layers as a loaded model in fewer bits has them."""
-    plainly = model(**changes)
-    config, how = plainly.config, {"precision": f"int{bits}", "dtype": torch.float32, "device": DEVICE}
+    plainly = model(device, **changes)
+    config, how = plainly.config, {"precision": f"int{bits}", "dtype": torch.float32, "device": device}
     held = TorchExperts(config, range(config.n_routed_experts or 0), **how)
     built = empty_dense(config, Spread([held]), **how)
     experts, places = dict(sinks(held, config)), dict(destinations_in(built))
@@ -379,7 +381,7 @@ def packed_model(bits: Bits, **changes: Any) -> Model:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("changes", [{}, ODD, GROUPED, {"n_shared_experts": None}], ids=["usual", "odd", "groups", "no shared experts"])
 def test_steps_of_packed_weights_give_what_the_plain_model_gives(bits: Bits, changes: dict[str, Any]):
-    same_logits(packed_model(bits, **changes), plain)
+    same_logits(packed_model(bits, CPU, **changes), plain)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -391,15 +393,16 @@ def test_steps_of_kernels_over_packed_weights_give_what_the_plain_model_gives(ke
 
 @pytest.mark.parametrize("wanted", [(), (2,), (3, 0), (1, 1)])
 def test_only_wanted_rows_are_given(wanted: tuple[int, ...]):
-    built = model()
+    built = model(CPU)
     span = Span(tokens=4, context=4, pages=(5,))
-    every = GpuModel(built, plain).forward(Step(ids=(1, 2, 3, 4), spans=(span,), wanted=(0, 1, 2, 3)), pool(built.config))
-    some = GpuModel(built, plain).forward(Step(ids=(1, 2, 3, 4), spans=(span,), wanted=wanted), pool(built.config))
+    every = GpuModel(built, plain).forward(Step(ids=(1, 2, 3, 4), spans=(span,), wanted=(0, 1, 2, 3)), pool(built.config, CPU))
+    some = GpuModel(built, plain).forward(Step(ids=(1, 2, 3, 4), spans=(span,), wanted=wanted), pool(built.config, CPU))
     torch.testing.assert_close(some, every[list(wanted)])
 
 
 def test_logits_stay_what_they_are_when_the_next_step_runs():
-    built, latents = model(), pool(model().config)
+    built = model(CPU)
+    latents = pool(built.config, CPU)
     gpu = GpuModel(built, plain)
     first = gpu.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), latents)
     kept = first.clone()
@@ -408,9 +411,9 @@ def test_logits_stay_what_they_are_when_the_next_step_runs():
 
 
 def test_a_new_pool_gets_new_buffers():
-    built = model()
+    built = model(CPU)
     gpu = GpuModel(built, plain)
     step = Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(3,)),), wanted=(0,))
-    a, b = pool(built.config), pool(built.config)
+    a, b = pool(built.config, CPU), pool(built.config, CPU)
     assert torch.equal(gpu.forward(step, a), gpu.forward(step, b))
     assert not b.c_kv[:, 3 * PAGE_TOKENS].isnan().any()
