@@ -30,11 +30,11 @@ class Anchor:
     prefix: str
     suffix: str
 
-    def hole(self, snapshot: Snapshot, shown_path: str) -> Fim:
-        """The prompt at the snapshot's cursor, where the anchor holds."""
+    def hole(self, snapshot: Snapshot, shown_path: str, repository: str = "") -> Fim:
+        """The prompt at the snapshot's cursor, where the anchor holds, behind what the model is told of other files."""
         typed = [*snapshot.lines[self.line : snapshot.line], snapshot.before]
         prefix = path_comment(shown_path, snapshot.language) + self.prefix
-        return Fim(prefix=prefix, suffix=self.suffix, middle=with_newlines(typed))
+        return Fim(repository=repository, prefix=prefix, suffix=self.suffix, middle=with_newlines(typed))
 
 
 class Anchors:

@@ -13,7 +13,6 @@ from lsprotocol import types
 
 from lsp_server.actions import joining_tests, prompting, reading, tasks, workspace_edit, writing_tests
 from lsp_server.actions.explained import Explanation
-from lsp_server.actions.guard import path_of
 from lsp_server.actions.suites import Plan
 from lsp_server.actions.tasks import Asked, Span, Task
 from lsp_server.actions.writing_tests import Watched
@@ -21,6 +20,7 @@ from lsp_server.activity import Activity
 from lsp_server.connection import Connection, LastAction
 from lsp_server.errors import Refusal, Stale
 from lsp_server.session import Document
+from lsp_server.workspace import path_of
 from model_host.generation import Cost, Engine
 from prompts.library import Action
 
@@ -88,10 +88,6 @@ def first_engine(server: Connection) -> Engine:
     return server.host.engine
 
 
-def folders(server: Connection) -> list[str]:
-    return [folder.uri for folder in server.workspace.folders.values()]
-
-
 def start_of(span: Span) -> types.Position:
     return types.Position(span.start.line, span.start.character)
 
@@ -102,7 +98,7 @@ async def perform(server: Connection, asked: Asked, stream: str | None = None) -
     try:
         document = server.session.find(asked.uri)
         limit = server.settings.inline.max_document_chars
-        task = tasks.prepare(action, asked, document, server.shown_path(asked.uri), folders(server), limit)
+        task = tasks.prepare(action, asked, document, server.shown_path(asked.uri), server.folders(), limit)
         server.stop_ahead()
         async with engine_for(server) as (engine, notes):
             activity = Activity(server, task.title, action.name, asked.uri, stream)
@@ -139,7 +135,7 @@ async def done(server: Connection, engine: Engine, task: Task, activity: Activit
 async def tests_written(server: Connection, engine: Engine, task: Task, activity: Activity) -> Done:
     """Tests for a symbol as an edit of the file they belong in; one that does not work is mended once."""
     settings = server.settings.actions
-    plan = await asyncio.to_thread(writing_tests.plan, task, folders(server))
+    plan = await asyncio.to_thread(writing_tests.plan, task, server.folders())
     target = next((document for document in map(server.session.find, server.session.uris) if document and is_file(document, plan)), None)
     if target is not None:
         plan = replace(plan, existing=target.text)

@@ -14,6 +14,7 @@ from lsp_server import context, filters
 from lsp_server.anchors import Anchors, with_newlines
 from lsp_server.host import Host
 from lsp_server.remembered import Remembered
+from lsp_server.repository import Repository, text_of
 from lsp_server.session import Document, Snapshot
 from lsp_server.settings import InlineSettings
 from model_host.errors import EngineError
@@ -56,6 +57,7 @@ class Memory:
 
     remembered: Remembered = field(default_factory=Remembered)
     anchors: Anchors = field(default_factory=Anchors)
+    repository: Repository = field(default_factory=Repository)
 
 
 async def complete(
@@ -86,8 +88,10 @@ async def complete(
         return suggestion(snapshot, text)
     anchor = memory.anchors.at(snapshot, settings.context_tokens)
     memory.anchors.keep(snapshot.uri, anchor)
+    memory.repository.use(snapshot.uri)
+    prompt = anchor.hole(snapshot, shown_path, memory.repository.block(repository_tokens(host.engine, settings)))
     try:
-        answer = await filled(host.engine, snapshot, anchor.hole(snapshot, shown_path), settings, priority)
+        answer = await filled(host.engine, snapshot, prompt, settings, priority)
     except EngineError as error:
         return Answer(reason=str(error))
     if answer.text:
@@ -96,27 +100,45 @@ async def complete(
 
 
 async def think_ahead(host: Host, answer: Answer, shown_path: str, settings: InlineSettings, memory: Memory) -> None:
-    """While the user looks at an answer, and nobody else wants the engine: asks for what would follow it once it is accepted, and moves
-    the anchor to the line where the user rests, so that no keystroke has to."""
+    """While the user looks at an answer, and nobody else wants the engine: asks for what would follow it once accepted; then rests."""
     if host.engine is None:
         return
     patient = settings.model_copy(update={"deadline_s": AHEAD_DEADLINE_S})
-    accepted, asked = answer.accepted, answer.asked
+    accepted = answer.accepted
     with contextlib.suppress(EngineError):
         if accepted and not memory.remembered.rest(accepted):
-            prompt = memory.anchors.at(accepted, settings.context_tokens).hole(accepted, shown_path)
+            anchor = memory.anchors.at(accepted, settings.context_tokens)
+            prompt = anchor.hole(accepted, shown_path, memory.repository.block(repository_tokens(host.engine, settings)))
             ahead = await filled(host.engine, accepted, prompt, patient, Priority.BACKGROUND)
             if ahead.text:
                 memory.remembered.keep(accepted, with_newlines([ahead.text]))
-        if asked and memory.anchors.at(asked, settings.context_tokens).line < asked.line:
-            await asyncio.sleep(REST_S)
-            anchor = memory.anchors.moved(asked, settings.context_tokens)
-            request = Request(
-                prompt=anchor.hole(asked, shown_path), max_new_tokens=1, priority=Priority.BACKGROUND, reuse=Reuse(settings.reuse)
-            )
-            async with host.engine.submit(request) as generation:
-                await generation.finished()
-            memory.anchors.keep(asked.uri, anchor)
+    await rest(host, answer, shown_path, settings, memory)
+
+
+async def rest(host: Host, answer: Answer, shown_path: str, settings: InlineSettings, memory: Memory) -> None:
+    """Moves the anchor to the line where the user rests and lets the repository's block grow, so that no keystroke has to: both count once
+    the prompt that they give is computed."""
+    asked = answer.asked
+    if host.engine is None or asked is None:
+        return
+    await asyncio.sleep(REST_S)
+    kept = memory.anchors.at(asked, settings.context_tokens)
+    anchor = memory.anchors.moved(asked, settings.context_tokens) if kept.line < asked.line else kept
+    pieces = await memory.repository.grown(repository_tokens(host.engine, settings))
+    if anchor is kept and pieces == memory.repository.pieces:
+        return
+    prompt = anchor.hole(asked, shown_path, text_of(pieces))
+    request = Request(prompt=prompt, max_new_tokens=1, priority=Priority.BACKGROUND, reuse=Reuse(settings.reuse))
+    with contextlib.suppress(EngineError):
+        async with host.engine.submit(request) as generation:
+            await generation.finished()
+        memory.anchors.keep(asked.uri, anchor)
+        memory.repository.keep(pieces)
+
+
+def repository_tokens(engine: Engine, settings: InlineSettings) -> int:
+    """How much is told of other files: what the user says, else what suits the model."""
+    return engine.facts.repository_tokens if settings.repository_tokens < 0 else settings.repository_tokens
 
 
 def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:

@@ -24,6 +24,7 @@ from lsp_server.actions.conversations import Conversations
 from lsp_server.actions.explained import Explained
 from lsp_server.ask import Answer, Memory
 from lsp_server.host import Host
+from lsp_server.repository import Repository
 from lsp_server.second import Second
 from lsp_server.session import Session
 from lsp_server.settings import SECTION, Layer, Settings, merge, user_file, workspace_layer
@@ -110,7 +111,7 @@ class Connection(LanguageServer):
         """Suggestions that were found written: what is known of clients that never run an item's command, such as LSP4IJ."""
         self.found_written: Answer | None = None
         """The last of them; one that is taken back and written again does not count twice."""
-        self.memory = Memory()
+        self.memory = Memory(repository=Repository(self.session, self.folders))
         self.actions, wrong = library.load(user_file().parent / "actions")
         self.problems += wrong
         self.conversations = Conversations()
@@ -129,6 +130,10 @@ class Connection(LanguageServer):
         for problem in [*problems, *wrong]:
             if problem not in self.problems:
                 self.problems.append(problem)
+
+    def folders(self) -> list[str]:
+        """The workspace's, as URIs."""
+        return [folder.uri for folder in self.workspace.folders.values()]
 
     def shown_path(self, uri: str) -> str:
         """The document's path below its workspace folder, or its name."""
@@ -171,6 +176,11 @@ class Connection(LanguageServer):
         """Runs `work` until it is done or anything is asked for."""
         self.stop_ahead()
         self._ahead = asyncio.create_task(work)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether such work runs."""
+        return self._ahead is not None and not self._ahead.done()
 
     def stop_ahead(self) -> None:
         if self._ahead is not None:

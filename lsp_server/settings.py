@@ -39,6 +39,12 @@ class InlineSettings(Part):
     max_lines: int = Field(default=12, ge=1, le=200, description="Longest completion, in lines.")
     deadline_s: float = Field(default=6.0, gt=0, le=120, description="A completion that takes longer is shown as far as it came.")
     context_tokens: int = Field(default=2048, ge=64, le=131_072, description="How much of the file the model sees, in tokens, about.")
+    repository_tokens: int = Field(
+        default=-1,
+        ge=-1,
+        le=32_768,
+        description="How much of other files, their outlines, in tokens, about; 0: nothing, -1: what suits the model.",
+    )
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 always gives the likeliest completion.")
     reuse: Literal["off", "exact", "shifted"] = Field(
         default="shifted",

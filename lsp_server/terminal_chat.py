@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-from lsp_server.actions import guard, joining_tests, prompting, reading, references, regions, tasks, writing_tests
+from lsp_server.actions import joining_tests, prompting, reading, references, regions, tasks, writing_tests
 from lsp_server.actions.conversations import Conversations
 from lsp_server.actions.extraction import cleaned
 from lsp_server.actions.references import Reference
@@ -31,6 +31,7 @@ from lsp_server.errors import Refusal, Stale, Unusable
 from lsp_server.host import Host
 from lsp_server.session import Document, Encoding, Session, split_lines
 from lsp_server.settings import Settings
+from lsp_server.workspace import path_of
 from model_host.generation import Engine
 from prompts.library import Action
 
@@ -188,7 +189,7 @@ class TerminalChat:
             self.console.print(Text(note, style="yellow"))
 
     def _shown(self, uri: str) -> str:
-        path = guard.path_of(uri)
+        path = path_of(uri)
         assert path is not None
         return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else path.name
 

@@ -20,7 +20,19 @@ from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
-from model_host.generation import Chat, Cost, Facts, Finish, Generation, Priority, Progress, Request, Reuse, TokenLogprob
+from model_host.generation import (
+    REPOSITORY_TOKENS,
+    Chat,
+    Cost,
+    Facts,
+    Finish,
+    Generation,
+    Priority,
+    Progress,
+    Request,
+    Reuse,
+    TokenLogprob,
+)
 from model_host.grammar import GrammarGuide, vocabulary_of
 from model_host.pages import PAGE_TOKENS, Ids, PagePool, pages_for, shared
 from model_host.reuse.shifted import Source
@@ -37,6 +49,8 @@ PAUSE_S = 1.0
 """Whoever asks nothing for so long leaves time for keeping things."""
 CLOSE_CALL_NATS = 0.05
 """About as much do shifted latents move the lead of one token over the next (docs/log.md): a smaller one is left to exact latents."""
+LEAST_PARAMETERS = 1_000_000_000
+"""A smaller model, such as the starter, loses a little by what it is told of other files, at most places (docs/log.md)."""
 MAX_INEXACT = 8
 """So many prompts wait for being computed exactly."""
 CHUNK_S = 0.2
@@ -86,6 +100,7 @@ def load_engine(
         without_fim=None if tokenizer.has_fim else without_infilling(folder),
         without_chat=tokenizer.without_chat,
         load_s=time.monotonic() - started,
+        repository_tokens=REPOSITORY_TOKENS if model.config.parameters >= LEAST_PARAMETERS else 0,
         cache_bytes=runner.cache_bytes,
         cache_tokens=runner.pages * PAGE_TOKENS,
     )

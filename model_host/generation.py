@@ -18,6 +18,8 @@ class Fim:
     """Fill in the middle, between `prefix` and `suffix`; the middle is known to begin with `middle`, and the answer goes on
     behind it. An unfinished word at its end is completed as a word (token healing), never as broken tokens."""
 
+    repository: str = ""
+    """What is known of other files, before the prefix. The same for all holes of a workspace, which then share what is computed of it."""
     prefix: str
     suffix: str
     middle: str = ""
@@ -221,6 +223,9 @@ class Generation:
         return self.cost
 
 
+REPOSITORY_TOKENS = 1024
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What an engine runs, for status, log and doctor."""
@@ -236,6 +241,8 @@ class Facts:
     """Why it cannot fill in the middle, a sentence for the user; None when it can."""
     without_chat: str | None = None
     """Why it does not converse, a sentence for the user; None when it does."""
+    repository_tokens: int = REPOSITORY_TOKENS
+    """How much about other files it is told, where the user does not say."""
     cache_bytes: int = 0
     """Memory for latents."""
     cache_tokens: int = 0

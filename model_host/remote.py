@@ -279,17 +279,19 @@ def question(request: Request, where: Endpoint, served: Served) -> Question:
     fim = cut(request.prompt, room)
     if where.fim == "infill":
         infill = {"input_prefix": fim.prefix, "input_suffix": fim.suffix, "prompt": fim.middle, "n_predict": request.max_new_tokens}
-        return Question(f"{where.url.removesuffix('/v1')}/infill", body | infill, {"cache_prompt": True})
+        others = {"input_extra": [{"filename": "repository", "text": fim.repository}]} if fim.repository else {}
+        return Question(f"{where.url.removesuffix('/v1')}/infill", body | infill | others, {"cache_prompt": True})
     body["max_tokens"] = request.max_new_tokens
     if request.logprobs is not None:
         body["logprobs"] = request.logprobs
     if where.fim == "suffix":
-        body |= {"prompt": fim.prefix + fim.middle, "suffix": fim.suffix}
+        body |= {"prompt": fim.repository + fim.prefix + fim.middle, "suffix": fim.suffix}
         return Question(f"{where.url}/completions", body, extras)
     if served.owner in KNOWS_SWITCH:
         extras["add_special_tokens"] = False
     begin = "" if served.owner in ADDS_BOS else BOS
-    body["prompt"] = f"{begin}{FIM_BEGIN}{defused(fim.prefix)}{FIM_HOLE}{defused(fim.suffix)}{FIM_END}{defused(fim.middle)}"
+    repository, prefix, suffix, middle = map(defused, (fim.repository, fim.prefix, fim.suffix, fim.middle))
+    body["prompt"] = f"{begin}{FIM_BEGIN}{repository}{prefix}{FIM_HOLE}{suffix}{FIM_END}{middle}"
     return Question(f"{where.url}/completions", body, extras)
 
 
@@ -300,11 +302,13 @@ def defused(text: str) -> str:
 
 
 def cut(prompt: Fim, room_chars: int) -> Fim:
-    """A hole's surroundings without what is farthest from it, where there is too much of them."""
-    room = max(room_chars - len(prompt.middle), 0)
+    """A hole's surroundings without what is farthest from it, where there is too much of them. The repository has a quarter at most,
+    however long the file is, so that it is always cut alike."""
+    repository = prompt.repository[: room_chars // 4]
+    room = max(room_chars - len(repository) - len(prompt.middle), 0)
     suffix = prompt.suffix[: max(room // 4, room - len(prompt.prefix))]
     prefix = prompt.prefix[max(len(prompt.prefix) + len(suffix) - room, 0) :]
-    return Fim(prefix=prefix, suffix=suffix, middle=prompt.middle)
+    return Fim(repository=repository, prefix=prefix, suffix=suffix, middle=prompt.middle)
 
 
 class EventStream:

@@ -29,6 +29,8 @@ ROUND_TRIP = "def f(a,  b):\n\tif a:\n        return 'é 你 🙂'  # 12\r\n\n"
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 LINES = 1 << 16
 """So many lines' ids are kept."""
+REPOSITORY_STEP = 256
+"""Cut to whole steps, what stands in front of a prompt does not depend on how many tokens are wanted behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,21 +123,23 @@ class Tokenizer:
         return ids
 
     def encode_fim(self, prompt: Fim, max_tokens: int, *, heal: bool = True) -> Encoded:
-        """<bos> <fim_begin> prefix <fim_hole> suffix <fim_end> middle: PSM, the order the 16B was trained on (arXiv 2406.11931).
+        """<bos> <fim_begin> repository prefix <fim_hole> suffix <fim_end> middle: PSM, the order the 16B was trained on (arXiv 2406.11931).
 
-        Healed, the answer begins anew with the word that is being typed. A prompt of more than `max_tokens` loses the far end of the
-        suffix, then the far start of the prefix.
+        Healed, the answer begins anew with the word that is being typed. The repository has a quarter of `max_tokens` at most, however
+        long the file is, so that it is always cut alike. A prompt of more than `max_tokens` loses the far end of the suffix, then the
+        far start of the prefix.
         """
         if not self.has_fim:
             raise CheckpointError(catalogue.without_infilling(self._folder))
         kept, must_begin = self.healed(prompt.middle) if heal else (prompt.middle, b"")
-        prefix, suffix, middle = (self.encode_lines(text) for text in (prompt.prefix, prompt.suffix, kept))
+        repository, prefix, suffix, middle = (self.encode_lines(text) for text in (prompt.repository, prompt.prefix, prompt.suffix, kept))
         begin, hole, end = (id for id in self._fim if id is not None)
-        room = max(max_tokens - len(middle) - 4, 0)
+        repository = repository[: max_tokens // 4 // REPOSITORY_STEP * REPOSITORY_STEP]
+        room = max(max_tokens - len(repository) - len(middle) - 4, 0)
         suffix = suffix[: max(room // 4, room - len(prefix))]
         prefix = prefix[max(len(prefix) + len(suffix) - room, 0) :]
-        ids = (self.bos_id, begin, *prefix, hole, *suffix, end, *middle)
-        return Encoded(ids=ids, must_begin=must_begin, hole=2 + len(prefix))
+        ids = (self.bos_id, begin, *repository, *prefix, hole, *suffix, end, *middle)
+        return Encoded(ids=ids, must_begin=must_begin, hole=2 + len(repository) + len(prefix))
 
     def healed(self, middle: str) -> tuple[str, bytes]:
         """Splits off the last pre-token (a word with its blank, or blanks alone): the model writes that one anew."""

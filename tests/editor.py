@@ -68,9 +68,11 @@ class Editor:
         self.client = client
         self.version = 0
 
-    async def start(self, options: Any = None, encodings: list[str] | None = None) -> types.InitializeResult:
-        folder = types.WorkspaceFolder(uri="file:///project", name="project")
-        params = types.InitializeParams(capabilities=capabilities(encodings), workspace_folders=[folder], initialization_options=options)
+    async def start(
+        self, options: Any = None, encodings: list[str] | None = None, folder: str = "file:///project"
+    ) -> types.InitializeResult:
+        folders = [types.WorkspaceFolder(uri=folder, name="project")]
+        params = types.InitializeParams(capabilities=capabilities(encodings), workspace_folders=folders, initialization_options=options)
         return await self.client.initialize_session(params)
 
     def open(self, text: str, uri: str = URI, language: str = "python") -> None:

@@ -1,7 +1,8 @@
 """An engine that says what a test wrote down, with the protocol of the real one; and a server process around it.
 
 `python tests/scripted.py '{"pieces": ["a", "b"], "step_s": 0.01}'` serves on stdio. A piece of null waits for the
-cancellation, as a model that thinks forever would. With `answers`, from words to pieces, the words of the question choose. With
+cancellation, as a model that thinks forever would. With `answers`, from words to pieces, the words of the question choose. With `sees` it
+says the first line about other files that this word is in. With
 `{"file": "/tmp/script.json"}` the script is read anew for each request, and /tmp/script.log tells what was asked and how it ended.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from lsp_server.host import Host
 from lsp_server.server import create_server
 from lsp_server.settings import user_settings
-from model_host.generation import Chat, Cost, Facts, Finish, Generation, Request
+from model_host.generation import Chat, Cost, Facts, Fim, Finish, Generation, Request
 
 FACTS = Facts(checkpoint="scripted", device="cpu", dtype="float32", parameters=0, weight_bytes=0, context_tokens=16_384, load_s=0.0)
 
@@ -91,6 +92,19 @@ class PromptedEngine(ScriptedEngine):
         return super().submit(request)
 
 
+class SeeingEngine(ScriptedEngine):
+    """Says the first line with a word in it that stands in what it is told of other files."""
+
+    def __init__(self, sees: str) -> None:
+        super().__init__([])
+        self._word = sees
+
+    def submit(self, request: Request) -> Generation:
+        told = request.prompt.repository.splitlines() if isinstance(request.prompt, Fim) else []
+        self._pieces = [next((line for line in told if self._word in line), "nothing")]
+        return super().submit(request)
+
+
 class FollowingEngine(ScriptedEngine):
     """Says what a file says when it is asked."""
 
@@ -116,7 +130,8 @@ class FollowingEngine(ScriptedEngine):
 
 def main() -> None:
     script = json.loads(sys.argv[1])
-    kind = PromptedEngine if "answers" in script else FollowingEngine if "file" in script else ScriptedEngine
+    kinds = {"answers": PromptedEngine, "file": FollowingEngine, "sees": SeeingEngine}
+    kind = next((kind for name, kind in kinds.items() if name in script), ScriptedEngine)
     engine = kind(**script)
     wire = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -66,9 +66,9 @@ def holes(snapshot: Snapshot, span: Span, instruction: str) -> list[Hole]:
 
 
 async def filled(
-    engine: Engine, document: Document, asked: ToFill, shown_path: str, settings: Settings, heard: Heard
+    engine: Engine, document: Document, asked: ToFill, shown_path: str, settings: Settings, heard: Heard, repository: str = ""
 ) -> list[types.TextEdit]:
-    """The edits that fill what was asked for. Raises Refusal."""
+    """The edits that fill what was asked for, knowing what the `repository` says of other files. Raises Refusal."""
     if engine.facts.without_fim is not None:
         raise Refusal(engine.facts.without_fim)
     if asked.version is not None and asked.version != document.version:
@@ -80,7 +80,8 @@ async def filled(
     wanted = holes(snapshot, asked.range, asked.instruction)
     for number, hole in enumerate(wanted):
         here = at_hole(snapshot, wanted, texts, number)
-        texts.append(await words(engine, here, hole.instruction, shown_path, settings, heard))
+        prompt = Anchors().moved(here, settings.actions.context_tokens).hole(here, shown_path, repository)
+        texts.append(await words(engine, here, prompt, hole.instruction, settings, heard))
         if document.version != snapshot.version:
             raise Stale("The document changed while the model answered, so nothing is filled. Ask again.")
     if not any(texts):
@@ -105,13 +106,12 @@ def at_hole(snapshot: Snapshot, wanted: list[Hole], texts: list[str], number: in
     return replace(whole.snapshot(types.Position(0, 0)), version=snapshot.version, line=len(above) - 1, column=len(above[-1]))
 
 
-async def words(engine: Engine, here: Snapshot, instruction: str, shown_path: str, settings: Settings, heard: Heard) -> str:
+async def words(engine: Engine, here: Snapshot, prompt: Fim, instruction: str, settings: Settings, heard: Heard) -> str:
     """What goes into the hole at the snapshot's cursor. Raises Refusal."""
-    prompt = Anchors().moved(here, settings.actions.context_tokens).hole(here, shown_path)
     if instruction:
         margin = here.before[: len(here.before) - len(here.before.lstrip())]
         comment = f"{margin}{MARKERS.get(here.language, '#')} {' '.join(instruction.split())}\n"
-        prompt = Fim(prefix=prompt.prefix + comment, suffix=prompt.suffix, middle=prompt.middle)
+        prompt = replace(prompt, prefix=prompt.prefix + comment)
     hole = filters.Hole(before=here.before, after=here.after, following=here.lines[here.line + 1 : here.line + 20], max_lines=MAX_LINES)
     sampling = Sampling(temperature=settings.actions.temperature)
     request = Request(prompt=prompt, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling, priority=Priority.CHAT)

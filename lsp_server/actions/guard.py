@@ -7,11 +7,12 @@ CVE-2025-59944 are such cases). Looks at the file system, changes nothing.
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import platformdirs
+
+from lsp_server.workspace import path_of, root_of
 
 FOLDERS = (
     ".git .hg .svn .vscode .idea .fleet .zed .cursor .devcontainer .github .gitlab .gitea .forgejo .circleci .buildkite .woodpecker .ci"
@@ -44,18 +45,7 @@ def is_protected(path: Path) -> bool:
     return path.is_relative_to(platformdirs.user_config_path("deepseek-lsp", appauthor=False))
 
 
-def path_of(uri: str) -> Path | None:
-    """The local file a URI names, or None."""
-    parts = urlsplit(uri)
-    path = unquote(parts.path)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not path or "\0" in path:
-        return None
-    if re.match(r"/[A-Za-z]:", path):  # file:///c:/x
-        path = path[1:]
-    return Path(path)
-
-
-def refusal(uri: str, folders: Iterable[str], *, is_open: bool) -> str | None:
+def refusal(uri: str, folders: Sequence[str], *, is_open: bool) -> str | None:
     """Why the file at `uri` is not edited, as a sentence; None when it may be. `folders` are the workspace's, as URIs. Without any, a
     document that the user has open may be edited."""
     path = path_of(uri)
@@ -68,9 +58,8 @@ def refusal(uri: str, folders: Iterable[str], *, is_open: bool) -> str | None:
         return (
             f"{path.name} is configuration that other programs act on, so the model's answers are never written there: change it by hand."
         )
-    roots = [root.resolve() for folder in folders if (root := path_of(folder)) is not None]
-    if not roots and is_open and not path.is_symlink():
+    if not any(map(path_of, folders)) and is_open and not path.is_symlink():
         return None
-    if not any(real.is_relative_to(root) for root in roots):
+    if root_of(path, folders) is None:
         return f"{path.name} lies outside the workspace, and nothing is written there. Open its folder to edit it."
     return None

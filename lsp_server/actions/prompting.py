@@ -5,7 +5,8 @@ Owns: the values of the prompt's variables, the room, and that no text of the us
 
 import re
 
-from lsp_server.actions import extraction, surroundings, symbols
+from lsp_server import symbols
+from lsp_server.actions import extraction, surroundings
 from lsp_server.actions.surroundings import Context, Part
 from lsp_server.actions.tasks import Task
 from lsp_server.anchors import with_newlines

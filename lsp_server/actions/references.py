@@ -6,8 +6,7 @@ Owns: which files may be read for that: open documents, and files of the workspa
 from lsprotocol import types
 from pydantic import BaseModel, ConfigDict
 
-from lsp_server import context
-from lsp_server.actions import guard
+from lsp_server import context, workspace
 from lsp_server.actions.extraction import fence_language
 from lsp_server.actions.surroundings import Part
 from lsp_server.actions.tasks import Span
@@ -15,8 +14,6 @@ from lsp_server.anchors import with_newlines
 from lsp_server.errors import Refusal
 from lsp_server.languages import language_of
 from lsp_server.session import Document, Session, split_lines
-
-MAX_BYTES = 2_000_000
 
 
 class Reference(BaseModel):
@@ -32,7 +29,7 @@ class Reference(BaseModel):
 def part(session: Session, reference: Reference, shown_path: str, folders: list[str], order: int) -> Part:
     """The text of a reference. Raises Refusal."""
     document = session.find(reference.uri) or read(reference.uri, folders, session)
-    if reason := context.refusal(document.snapshot(types.Position(0, 0)), document.chars, MAX_BYTES):
+    if reason := context.refusal(document.snapshot(types.Position(0, 0)), document.chars, workspace.MAX_BYTES):
         raise Refusal(reason)
     lines, where = split_lines(document.text), shown_path
     if reference.range is not None and not reference.range.is_empty:
@@ -52,16 +49,7 @@ def part(session: Session, reference: Reference, shown_path: str, folders: list[
 
 def read(uri: str, folders: list[str], session: Session) -> Document:
     """A file of the workspace that is not open. Raises Refusal."""
-    path = guard.path_of(uri)
-    roots = [root.resolve() for folder in folders if (root := guard.path_of(folder)) is not None]
-    if path is None or not any(path.resolve().is_relative_to(root) for root in roots):
+    path = workspace.path_of(uri)
+    if path is None:
         raise Refusal(f"{uri.rsplit('/', 1)[-1]} is neither open nor in the workspace, so it is not read.")
-    if context.is_secret(path.name) or context.is_secret(path.resolve().name):
-        raise Refusal(f"{path.name} looks like a file of secrets, and those are not read.")
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise Refusal(f"{path.name} is larger than {MAX_BYTES / 1e6:g} MB, so it is not read.")
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path.name} cannot be read: {error}") from error
-    return Document(types.TextDocumentItem(uri, language_of(path), 0, text), session.encoding)
+    return Document(types.TextDocumentItem(uri, language_of(path), 0, workspace.read(path, folders)), session.encoding)

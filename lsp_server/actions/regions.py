@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lsp_server.actions import extraction, syntax
-from lsp_server.actions.symbols import Symbol
 from lsp_server.errors import Unusable
 from lsp_server.session import split_lines
+from lsp_server.symbols import Symbol
 from prompts.comments import MARKERS
 
 QUOTED = re.compile(r"[rRuU]?(\"{3}|'{3})(?P<text>.*?)\1", re.S)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsp_server.context import is_secret
+from lsp_server.workspace import NOT_OURS
 
 MAX_FILES = 20_000
 MAX_READ_CHARS = 200_000
 MODEL_LINES = 60
-SKIPPED = "node_modules target build dist vendor __pycache__ venv env site-packages out bin obj"
-"""Folders of what was built or installed."""
 TEST_FOLDERS = ("tests", "test", "__tests__", "spec")
 JAVASCRIPT = frozenset({"javascript", "javascriptreact", "typescript", "typescriptreact"})
 
@@ -51,7 +50,7 @@ def files_of(root: Path) -> list[Path]:
     """Names of the project's files, below `root`, without hidden folders and what was built or installed."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NOT_OURS)
         found += [Path(folder, name).relative_to(root) for name in sorted(names)]
         if len(found) > MAX_FILES:
             break

@@ -11,8 +11,8 @@ from typing import Any
 from lsprotocol import types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lsp_server import context
-from lsp_server.actions import guard, regions, symbols
+from lsp_server import context, symbols
+from lsp_server.actions import guard, regions
 from lsp_server.actions.regions import Region
 from lsp_server.errors import Refusal, Stale
 from lsp_server.session import Document, Snapshot

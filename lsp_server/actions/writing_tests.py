@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from lsp_server.actions import checking_tests, guard, prompting, reading, sandbox, suites
 from lsp_server.actions.extraction import fence_language
-from lsp_server.actions.guard import path_of
 from lsp_server.actions.reading import Heard, Words
 from lsp_server.actions.suites import Plan
 from lsp_server.actions.surroundings import Part
 from lsp_server.actions.tasks import Task
 from lsp_server.errors import Refusal, Unusable
 from lsp_server.settings import ActionSettings
+from lsp_server.workspace import path_of
 from model_host.generation import Engine
 
 

@@ -109,7 +109,7 @@ async def said(server: Connection, params: ChatParams, engine: Engine) -> dict[s
 
 def part(server: Connection, reference: Reference, order: int) -> Part:
     """The text of a reference. Raises Refusal."""
-    return references.part(server.session, reference, server.shown_path(reference.uri), answering.folders(server), order)
+    return references.part(server.session, reference, server.shown_path(reference.uri), server.folders(), order)
 
 
 async def acted(server: Connection, params: ChatParams, name: str, instruction: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ def register(server: Connection) -> None:
         if answer is None:
             return None
         server.explain(answer)
+        if settings.ahead and not server.is_ahead:  # ghost text's thoughts go on beside a menu
+            server.run_ahead(ask.rest(server.host, answer, path, settings, server.memory))
         if not answer.text or document is None or answer.range is None:
             return types.CompletionList(is_incomplete=True, items=[])
         # clients match and replace from the start of the word, so the item brings the typed part of it along

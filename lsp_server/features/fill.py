@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lsp_server import answering, editing
+from lsp_server import answering, ask, editing
 from lsp_server.actions import filling, guard, workspace_edit
 from lsp_server.actions.filling import ToFill
 from lsp_server.activity import Activity, plain, refused, stop_with_request
@@ -37,13 +37,14 @@ async def done(server: Connection, asked: ToFill) -> int:
     engine, document = answering.first_engine(server), server.session.find(asked.uri)
     if document is None:
         raise Refusal("The document is not open: the editor has to send textDocument/didOpen first.")
-    if reason := guard.refusal(asked.uri, answering.folders(server), is_open=True):
+    if reason := guard.refusal(asked.uri, server.folders(), is_open=True):
         raise Refusal(reason)
     server.stop_ahead()
     snapshot = document.snapshot(answering.start_of(asked.range))
     activity = Activity(server, "Filling in", "fill", asked.uri)
     path = server.shown_path(asked.uri)
-    edits = await activity.run(lambda: filling.filled(engine, document, asked, path, server.settings, activity.heard))
+    repository = server.memory.repository.block(ask.repository_tokens(engine, server.settings.inline))
+    edits = await activity.run(lambda: filling.filled(engine, document, asked, path, server.settings, activity.heard, repository))
     if server.session.find(asked.uri) is not document or document.version != snapshot.version:
         raise Stale("The document changed while the model answered, so nothing is filled. Ask again.")
     edit = workspace_edit.edit_of(server.client_capabilities, snapshot, edits, "Fill in", confirm=False)

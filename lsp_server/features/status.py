@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from lsp_server import answering
+from lsp_server import answering, ask
+from lsp_server.anchors import CHARS_PER_TOKEN
 from lsp_server.connection import Connection
 
 
@@ -12,6 +13,9 @@ def register(server: Connection) -> None:
     async def status(params: None) -> dict[str, Any]:
         engine, last = server.host.engine, server.last
         second = server.second.host
+        repository = server.memory.repository
+        block = repository.block(ask.repository_tokens(engine, server.settings.inline)) if engine else ""
+        names = list(dict.fromkeys(piece.name for piece in repository.pieces)) if block else []
         cost = asdict(last.cost) | {"reuse": last.cost.reuse} if last.cost else None
         return {
             "state": server.host.state if server.settings.inline.enabled else "disabled",
@@ -26,6 +30,7 @@ def register(server: Connection) -> None:
             else None,
             "settings": server.settings.model_dump(),
             "problems": server.problems,
+            "repository": {"files": names, "tokens": len(block) // CHARS_PER_TOKEN},
             "requests": {"asked": server.asked, "shown": server.shown, "accepted": max(server.accepted, server.written)},
             "action": asdict(server.last_action) if server.last_action else None,
             "last": {"shown": bool(last.text), "reason": last.reason, "cost": cost},

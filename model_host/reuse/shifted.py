@@ -22,7 +22,8 @@ LEAST_NEAR_TOKENS = 16
 """At least so many there, and so many at the start of each run and at the prompt's end."""
 LEAST_TOKENS = 32
 """A run shorter than that is computed."""
-SAME_SHARE = 0.9
+SAME_TOKENS = 64
+"""A prompt that another follows to its last tokens is the same text, typed on. To begin alike says less: files share what is in front."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Source:
 
     def is_same_text(self, ids: Ids) -> bool:
         """Whether `ids` begin as this one does almost to its end: the same file, typed on."""
-        return shared(self.ids, ids) >= SAME_SHARE * len(self.ids)
+        return len(self.ids) - shared(self.ids, ids) <= min(len(self.ids) // 10, SAME_TOKENS)
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Source":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from lsprotocol import types
@@ -165,3 +166,20 @@ async def test_changed_configuration_is_read_again(speaking: Editor):
             pass
     assert await speaking.ghost(1, 4) is None
     assert "inline.enabled" in (await speaking.status())["last"]["reason"]
+
+
+@pytest.mark.parametrize("way", ["ghost", "menu"])
+async def test_a_name_that_only_another_file_has_is_seen_by_the_engine_once_the_user_rested(tmp_path: Path, way: str):
+    (tmp_path / "prices.py").write_text("def total_price(items, tax):\n    return 1\n")
+    (tmp_path / "shop.py").write_text("from prices import *\n\n\n")
+    (tmp_path / ".env.py").write_text("def total_price_of_secrets(): pass\n")
+    async with editor(sys.executable, "-m", "tests.scripted", '{"sees": "total_price"}') as running:
+        await running.start(folder=tmp_path.as_uri())
+        uri = (tmp_path / "shop.py").as_uri()
+        running.open((tmp_path / "shop.py").read_text(), uri)
+        assert await getattr(running, way)(1, 0, uri)
+        while not (status := await running.status())["repository"]["files"]:
+            await asyncio.sleep(0.02)
+        running.type(1, 0, "x = 1", uri)
+        assert (await running.ghost(2, 0, uri)).insert_text == "def total_price(items, tax):"
+    assert status["repository"]["files"] == ["prices.py"] and status["repository"]["tokens"] > 0

@@ -345,3 +345,58 @@ async def test_answers_that_need_more_pages_than_there_are_take_turns_and_say_wh
     finally:
         engine.close()
     assert [text for text, _ in together] == [text for text, _ in alone]
+
+
+BLOCK = "".join(
+    f"# part_{number}.py\nclass Part{number}:\n    def turn(self, angle, speed): ...\n    size = {number}\n" for number in range(24)
+)
+
+
+def told(name: str, block: str = BLOCK, **more: object) -> Request:
+    """A hole in a file of a workspace, behind what is known of the others."""
+    asked = hole("    def ", prefix=f"# {name}.py\n" + LONG.replace("step", name)[:2000], tokens=4)
+    return replace(asked, prompt=replace(asked.prompt, repository=block), **more)
+
+
+async def test_what_is_known_of_other_files_is_computed_once_for_all_files_of_a_workspace(engine: LocalEngine):
+    trunk = len(engine._tokenizer.encode_lines(BLOCK))
+    _, first = await ask(engine, told("one"))
+    for name in ("two", "three"):
+        _, cost = await ask(engine, told(name))
+        whole = cost.cached_tokens + cost.computed_tokens
+        assert cost.cached_tokens >= 2 + trunk and cost.computed_tokens <= whole - 2 - trunk
+    assert first.computed_tokens > trunk > 500
+
+
+async def test_when_memory_is_short_files_go_and_what_they_share_stays():
+    running = fresh(cache_bytes=16_000_000)
+    try:
+        trunk = len(running._tokenizer.encode_lines(BLOCK))
+        costs = [(await ask(running, told(f"file_{number}")))[1] for number in range(5)]
+        _, again = await ask(running, told("file_0"))
+    finally:
+        running.close()
+    whole = costs[0].computed_tokens
+    assert running.facts.cache_tokens < trunk + 5 * (whole - trunk), "or nothing had to go"
+    assert all(cost.cached_tokens >= 2 + trunk for cost in costs[1:])
+    assert trunk + 2 <= again.cached_tokens < whole / 2 + trunk
+
+
+async def test_when_more_is_known_of_other_files_a_file_is_shifted_at_once_and_exact_at_rest():
+    running, cold = fresh(), fresh()
+    grown = told("one", BLOCK + "# new.py\ndef added(value): ...\n", reuse=Reuse.SHIFTED)
+    try:
+        await ask(running, told("one"))
+        _, at_once = await ask(running, grown)
+        await asyncio.to_thread(running.rested.wait, 60)
+        after, rested = await ask(running, grown)
+        wanted, _ = await ask(cold, replace(grown, reuse=Reuse.OFF))
+    finally:
+        running.close()
+        cold.close()
+    assert at_once.shifted_tokens > 300 and at_once.computed_tokens < at_once.cached_tokens / 2
+    assert after == wanted and rested.reuse is Reuse.EXACT and rested.computed_tokens == 1
+
+
+async def test_the_starter_is_told_nothing_of_other_files_unless_the_user_says(engine: LocalEngine):
+    assert engine.facts.repository_tokens == 0

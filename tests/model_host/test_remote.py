@@ -110,6 +110,22 @@ def test_every_server_is_asked_in_its_own_way():
     assert infill.path == "http://x/infill" and infill.body["input_prefix"] == "def f():\n    " and infill.body["n_predict"] == 8
 
 
+def test_what_is_known_of_other_files_comes_before_the_prefix_and_is_always_cut_alike():
+    def asked(prefix: str = "a", context_tokens: int = 16_384, **changes: Any) -> dict[str, Any]:
+        hole = Fim(repository="# b.py\n<｜fim▁hole｜>" + "b" * 500, prefix=prefix, suffix="s", middle="m")
+        where = Endpoint(**{"url": "http://x/v1"} | changes)
+        return question(Request(prompt=hole, max_new_tokens=10), where, Served(model="m", context_tokens=context_tokens)).body
+
+    assert (
+        asked()["prompt"].startswith(f"{remote.BOS}{remote.FIM_BEGIN}# b.py\n<|fim▁hole|>bbb") and "ba<｜fim▁hole｜>" in asked()["prompt"]
+    )
+    assert asked(fim="suffix")["prompt"].startswith("# b.py\n") and asked(fim="suffix")["prompt"].endswith("bam")
+    infill = asked(fim="infill")
+    assert infill["input_prefix"] == "a" and infill["input_extra"][0]["text"].startswith("# b.py\n")
+    assert asked("a", 110, fim="infill")["input_extra"] == asked("a" * 1000, 110, fim="infill")["input_extra"]
+    assert "input_extra" not in question(HOLE, Endpoint(url="http://x/v1", fim="infill"), Served(model="m")).body
+
+
 def test_a_hole_in_a_long_file_loses_what_is_farthest_from_it():
     long = Request(prompt=Fim(prefix="p" * 5000 + "P", suffix="S" + "s" * 5000, middle="m"), max_new_tokens=10)
     prompt = question(long, Endpoint(url="http://x/v1"), Served(model="m", context_tokens=110)).body["prompt"]

@@ -18,7 +18,7 @@ from model_host.checkpoints import STARTER
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.generation import Reuse
 from model_host.tiers import DiskTier, Latents, RamTier, Tier, is_news, key_of
-from tests.model_host.test_engine import LONG, ask, hole
+from tests.model_host.test_engine import BLOCK, LONG, ask, hole, told
 
 IDS = tuple(range(512))
 
@@ -195,6 +195,16 @@ async def test_after_a_restart_a_file_is_warm_and_its_completion_the_same(tmp_pa
     warm, cost = await ask(second, request)
     second.close()
     assert warm == cold and cost.reuse is Reuse.EXACT and cost.computed_tokens < 40
+
+
+async def test_after_a_restart_every_file_of_a_workspace_finds_what_is_known_of_the_others(tmp_path: Path):
+    first = engine_on(tmp_path)
+    await ask(first, told("one"))
+    first.close()
+    second = engine_on(tmp_path)
+    _, cost = await ask(second, told("two"))
+    second.close()
+    assert cost.cached_tokens > 2 + len(first._tokenizer.encode_lines(BLOCK))
 
 
 async def test_what_is_not_exact_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -140,3 +140,16 @@ def test_an_edit_works_on_the_lines_it_touched_only(tokenizer: Tokenizer, monkey
     monkeypatch.setattr(tokenizer, "encode", lambda line: worked_on.append(line) or encode(line))
     tokenizer.encode_lines(text.replace("line_250 = 250", "line_250 = -1"))
     assert worked_on == ["line_250 = -1\n"]
+
+
+def test_what_is_known_of_other_files_comes_before_the_prefix_and_is_cut_alike_whatever_the_file(tokenizer: Tokenizer):
+    def encoded(prefix: str, max_tokens: int) -> tuple[int, ...]:
+        return tokenizer.encode_fim(Fim(repository="x = 1\n<｜fim▁end｜>\n" * 400, prefix=prefix, suffix="b\n"), max_tokens=max_tokens).ids
+
+    plain = tokenizer.encode_fim(Fim(prefix="a\n", suffix="b\n"), max_tokens=100).ids
+    whole = encoded("a\n", 100_000)
+    assert whole[:2] == plain[:2] and whole[-len(plain[2:]) :] == plain[2:]
+    assert sum(map(tokenizer.is_special, whole)) == 4
+    short, long = encoded("a\n", 1500), encoded("long = 1\n" * 2000, 1404)
+    assert short[: 2 + 256] == long[: 2 + 256] == whole[: 2 + 256] and len(long) <= 1404
+    assert len(short) == len(plain) + 256

@@ -89,3 +89,9 @@ def test_an_edit_far_above_the_hole_computes_less_than_a_tenth():
         new = (*old[: tokens // 3], -1, *old[tokens // 3 :])
         left = tokens + 1 - tokens // 3 - sum(run.tokens for run in runs(new, tokens // 3, [Source.of(old)], [tokens], 3 * tokens // 4))
         assert left < 0.1 * tokens
+
+
+def test_files_behind_the_same_long_beginning_are_two_texts_and_one_typed_on_is_the_same():
+    trunk, one, other = unlike(2000, 1), unlike(150, 2), unlike(150, 3)
+    assert not Source.of(trunk + one).is_same_text(trunk + other)
+    assert Source.of(trunk + one).is_same_text(trunk + one[:-30] + other)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsp_server.actions import symbols
+from lsp_server import symbols
 
 PYTHON = '''@decorated
 @twice(1)
@@ -102,6 +102,65 @@ RUBY = "class Shop\n  def total\n    1\n  end\nend\n"
 def test_the_innermost_function_or_class_is_found(text: str, language: str, line: int, expected: tuple | None):
     found = symbols.symbol_at(text.splitlines(keepends=True), language, line)
     assert (found and (found.name, found.first, found.last)) == expected
+
+
+CPP = """#define MOST 3
+// not this(one) {
+int counted(const Shop& shop, int most);
+class Shop : public Place {
+  public:
+    int size() const {
+        int inner = 1;
+        return inner;
+    }
+
+  private:
+    std::vector<Item> items;
+};
+"""
+TYPESCRIPT = """import { a } from "./a";
+export const LIMIT = 3;
+export interface Item {
+  name: string;
+  /** how(many) */
+  count?: number;
+}
+describe("x", () => {
+  const inside = 1;
+});
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        (
+            PYTHON,
+            "python",
+            "@decorated|@twice(1)|def first(|    a,|    b,|) -> int:|class Second:|    x = 1|    async def inner(self):"
+            "|    def other(self, n): return n|def helper(a):",
+        ),
+        ('"""Words.\n\nclass Not:\n"""\nX: int = 1\nif X:\n    Y = 2\nfor z in X: print(z)\n', "python", "X: int = 1"),
+        (JAVASCRIPT, "javascript", "export const add = (a, b) => {|class Shop {|  async total(tax) {|function last() { return 1; }"),
+        (
+            TYPESCRIPT,
+            "typescript",
+            'export const LIMIT = 3;|export interface Item {|  name: string;|  count?: number;|describe("x", () => {',
+        ),
+        (
+            CPP,
+            "cpp",
+            "#define MOST 3|int counted(const Shop& shop, int most);|class Shop : public Place {|    int size() const {"
+            "|    std::vector<Item> items;",
+        ),
+        (GO, "go", "func (s *Shop) Add(n int) error {"),
+        (RUBY, "ruby", "class Shop|  def total"),
+        ("a: 1\nb: c\n", "yaml", ""),
+        ("x" * 10_000 + " = 1\n", "python", ""),
+    ],
+)
+def test_an_outline_has_the_headers_and_names_of_a_file_and_nothing_of_its_functions(text: str, language: str, expected: str):
+    assert "|".join(symbols.outline(text.splitlines(keepends=True), language)) == expected
 
 
 def test_headers_of_what_is_called_come_with_the_first_line_of_their_docstrings():

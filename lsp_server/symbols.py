@@ -1,4 +1,4 @@
-"""Which function or class stands at a line, how far it goes, and what it calls: by its header's words and by indentation.
+"""Which function or class stands at a line, how far it goes, what it calls, and a file's outline: by headers' words and by indentation.
 
 Owns: headers of the usual languages. Works on lines as they are, parsed or not, since code that is being edited seldom parses; costs a look
 at the lines around, so that a menu can ask at every cursor. Knows nothing of LSP or prompts.
@@ -21,6 +21,22 @@ BRACED = re.compile(
     r"\s*(?!(?:if|for|while|switch|catch|return|else|do|try|with|using|lock|foreach|match|loop|new|throw)\b)"
     r"(?:[\w<>\[\],*&:~?.]+\s+)*[*&]*(?P<name>~?[\w:]+)\s*\([^;]*(?:\{\s*$|\)\s*(?:const|override|noexcept|throws\s+[\w., ]+)?\s*$)"
 )
+TYPE = re.compile(r"\s*(?:[\w()]+\s+)*?(?:class|struct|interface|trait|impl|enum|record|module|object)\b")
+"""A header whose body holds members."""
+NAMES = (
+    re.compile(r"\s*(?:\w+\s+)*?\w+\s*(?::[^=]+)?=(?![=>])"),  # x = 1, x: int = 1, export const x = 1
+    re.compile(r"\s*(?:(?:pub|public|private|protected|readonly|static|val|var)\s+)*\w+\??\s*:\s*\w"),  # x: int
+    re.compile(
+        r"\s*(?!(?:return|import|package|use|using|throw|goto|else|delete|export)\b)(?:[\w<>\[\],.*&:]+\s+)+[*&]*\w+[^={}]*;\s*$"
+    ),  # int x;
+    re.compile(r"(?:#\s*define|type|typedef|using)\s+\w"),
+)
+NOT_CODE = {
+    "css", "html", "ini", "json", "jsonc", "latex", "less", "markdown", "plaintext", "scss", "tex", "toml", "xml", "yaml",
+}  # fmt: skip
+NOT_MEMBERS = re.compile(r"\s*(?:\*|/[*/]|--|;|[{}\])]|(?:public|private|protected)\s*:)|\s*$")
+"""Comments, brackets, and what parts a class in C++."""
+MAX_NAME_CHARS, MAX_LINE_CHARS = 100, 500
 DECORATION = re.compile(r"\s*(?:@[\w.]+|#\[)")
 CLOSER = re.compile(r"\s*(?:[}\])]|end\b)")
 TRIPLE = re.compile(r"\"{3}|'{3}")
@@ -124,3 +140,33 @@ def signatures(lines: Sequence[str], language: str, symbol: Symbol) -> list[str]
             documented = lines[end : end + 1] if end < len(lines) and lines[end].lstrip().startswith(('"""', "'''")) else []
             found.append("".join([*lines[index:end], *documented]).rstrip())
     return found
+
+
+def outline(lines: Sequence[str], language: str) -> list[str]:
+    """Headers of a file's functions, classes and methods, and the names beside them, in source order, as they are written; without what
+    is in functions. Lines without their endings."""
+    found: list[str] = []
+    types: list[tuple[int, int]] = []  # the types around, each with its indentation and its members'
+    index, within = 0, ""
+    while index < len(lines) and language not in NOT_CODE:
+        line = lines[index]
+        was_within, within = within, quotes_behind(line, within)
+        index += 1
+        if was_within or NOT_MEMBERS.match(line) or len(line) > MAX_LINE_CHARS:
+            continue
+        depth = indentation(line)
+        while types and depth <= types[-1][0]:
+            types.pop()
+        if header(line, language) is not None:
+            end, within = index if line.rstrip().endswith("{") else end_of_header(lines, index - 1), ""
+            found += lines[index - 1 : end]
+            if TYPE.match(line):
+                types.append((depth, next((indentation(below) for below in lines[end : end + 50] if not NOT_MEMBERS.match(below)), 0)))
+                index = end
+            else:
+                index = end_of_body(lines, index - 1, end) + 1
+        elif DECORATION.match(line):
+            found.append(line)
+        elif depth == (types[-1][1] if types else 0) and any(pattern.match(line) for pattern in NAMES):
+            found.append(line.rstrip()[:MAX_NAME_CHARS])
+    return [line.rstrip() for line in found]
