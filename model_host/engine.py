@@ -19,7 +19,7 @@ from torch import Tensor
 from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
-from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
+from model_host.errors import CheckpointError, EngineClosed, EngineError, RankLost, RequestError
 from model_host.generation import Chat, Cost, Facts, Finish, Generation, Priority, Progress, Request, Reuse, TokenLogprob
 from model_host.grammar import GrammarGuide, vocabulary_of
 from model_host.pages import PAGE_TOKENS, Ids, PagePool, pages_for, shared
@@ -181,6 +181,8 @@ class LocalEngine:
             self._take_in()
             try:
                 self._step() if self._answers else self._rest()
+            except RankLost as error:
+                self._end_all(error)
             except EngineError as error:
                 self._fail_all(error)
             except torch.OutOfMemoryError:
@@ -426,6 +428,14 @@ class LocalEngine:
         if finish in (Finish.END, Finish.LENGTH) and (text := answer.decoder.end()):
             answer.generation.feed(text)
         answer.generation.feed(cost)
+
+    def _end_all(self, error: EngineError) -> None:
+        """Ends every request with `error`; what they have computed stays."""
+        self._stop_resting()
+        for answer in self._answers:
+            self._scheduler.remove(answer.sequence)
+            answer.generation.feed(error)
+        self._answers.clear()
 
     def _fail_all(self, error: EngineError) -> None:
         """Ends everything with `error`, and begins anew: a step that broke may have left wrong latents behind."""

@@ -20,7 +20,7 @@ from math import ceil, comb
 from typing import Literal
 
 from model_host.catalogue import CATALOGUE, Entry, Precision
-from model_host.config import ModelConfig
+from model_host.config import ModelConfig, Portion
 from model_host.errors import RequestError
 
 GROUP_COLUMNS = 64
@@ -81,6 +81,8 @@ class Share:
     experts: range
     """Routed experts: of those layers, or, on a device that has none, of all."""
     weight_bytes: int
+    portion: Portion | None = None
+    """Where several devices have every layer: what of each this one computes, as a rank of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,10 @@ class StepModel(Protocol):
     weight_bytes: int
     latent_dtype: torch.dtype
 
+    def pool(self, pages: int) -> LatentPool:
+        """Memory for the latents of so many pages, on whichever devices need them."""
+        ...
+
     def prepare(self, latents: LatentPool) -> None:
         """Measures and compiles what depends on this machine, before the first step; spoils what is in the pool."""
         ...
@@ -60,10 +64,7 @@ class Runner:
         page_bytes = LatentPool.page_bytes(model.config, model.latent_dtype)
         self.pages = max(cache_bytes // page_bytes, pages_for(LEAST_TOKENS))
         self.cache_bytes = self.pages * page_bytes
-        if isinstance(model, LayeredModel):
-            self._latents: LatentPool = model.pool(self.pages)
-        else:
-            self._latents = LatentPool(model.config, self.pages, model.latent_dtype, model.device)
+        self._latents = model.pool(self.pages)
         model.prepare(self._latents)
 
     def run(self, step: Step) -> Tensor:
