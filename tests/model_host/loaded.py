@@ -91,5 +91,3 @@ def greedy(model: StepModel, new: int = NEW) -> tuple[list[int], Tensor]:
             return said, logits
         context = PROMPT + len(said)
         step = Step(ids=(said[-1],), spans=(Span(tokens=1, context=context, pages=pages[: pages_for(context)]),), wanted=(0,))
-
-
