@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model_host.batch import Copy, Shift, Step
 from model_host.checkpoints import allocate, checked_shards, destinations_in, of_layers, outline, tensors
 from model_host.config import ModelConfig, Portion
+from model_host.devices import Share
 from model_host.eager import TRIED_CONTEXT, EagerModel
 from model_host.experts import Held, Spread, SpreadLayer, TorchExperts, sinks
 from model_host.generation import Progress
@@ -29,7 +30,6 @@ from model_host.native.library import why_unavailable
 from model_host.native.model import NativeExperts
 from model_host.orders import Begin, Fill, Post
 from model_host.pages import PAGE_TOKENS, pages_for
-from model_host.placement import Share
 from model_host.quantized import BITS, Bits, PackedLinear, linears
 from model_host.ranks import ConnectionLost, Ranks, Wire
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_host.placement import GROUP_COLUMNS
+from model_host.footprint import GROUP_COLUMNS
 
 Bits = Literal[4, 8]
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}

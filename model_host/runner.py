@@ -15,6 +15,7 @@ from model_host.batch import Copy, Shift, Step
 from model_host.catalogue import Entry, Precision
 from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
+from model_host.devices import Share
 from model_host.errors import CheckpointError, EngineError
 from model_host.generation import Progress
 from model_host.holders import LayeredModel, load_spread, stepping
@@ -23,7 +24,7 @@ from model_host.machine import real_devices
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeModel
 from model_host.pages import PAGE_TOKENS, pages_for
-from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, Share, in_words, plan
+from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, in_words, plan
 from model_host.quantized import BITS
 from model_host.tiers import Latents
 

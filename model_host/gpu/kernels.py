@@ -362,7 +362,8 @@ def experts(
 @triton.jit
 def _few_up(
     x, ids, gate_up, shared_gate, shared_up, inner,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program for each choice and part of I; a row's choices come one after the other, the shared experts last."""
     choice = tl.program_id(0)
@@ -392,7 +393,8 @@ def _few_up(
 @triton.jit
 def _few_down(
     inner, ids, down, shared_down, parts,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     choice = tl.program_id(0)
     row, m = choice // (K + S), choice % (K + S)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model_host.footprint import GROUP_COLUMNS
 from model_host.gpu.plain import Matrix
 from model_host.gpu.tiles import TILE, Tile, Tuning, depth_of, of_here, parts_for, takers
-from model_host.placement import GROUP_COLUMNS
 from model_host.quantized import Packed
 
 GROUP: tl.constexpr = tl.constexpr(GROUP_COLUMNS)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from model_host.batch import Span, Step
 from model_host.config import ModelConfig, Portion
+from model_host.devices import Device, Share
 from model_host.eager import TRIED_CONTEXT
 from model_host.experts import Held, Spread
 from model_host.holders import RankedModel, SpreadModel, load_dense, load_experts, load_spread
 from model_host.pages import pages_for
-from model_host.placement import Device, Share
 from model_host.runner import StepModel
 
 CPU = torch.device("cpu")
