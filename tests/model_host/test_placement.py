@@ -55,13 +55,13 @@ def test_every_release_is_planned_on_every_machine_or_the_nearest_plan_is_told(e
 def check(found: Plan) -> None:
     """Every layer and each of its experts lies in one place, nothing is over its device's memory, and the context that was asked for
     fits."""
+    if found.shares[0].portion is not None:
+        check_ranks(found)
+        return
     config = found.demand.entry.shape
     every_layer, experts = list(range(config.num_hidden_layers)), list(range(config.n_routed_experts or 0))
     assert [layer for share in found.shares for layer in share.layers] == every_layer
     elsewhere = [share for share in found.shares if not share.layers]
-    if found.shares[0].portion is not None:
-        check_ranks(found)
-        return
     for own in (share for share in found.shares if share.layers):
         assert [expert for share in (own, *elsewhere) for expert in share.experts] == experts
     assert sum(group.bytes for group in groups(config, found.precision)) == found.weight_bytes
@@ -130,16 +130,16 @@ def test_uneven_cards_hold_what_they_can():
     found = made(SMALL, "24GB+16GB")
     assert found.precision is Precision.BFLOAT16
     first, second = found.shares
-    assert first.device.name == "gpu 0" and len(first.experts) != len(second.experts)
+    assert first.device.name == "gpu 0" and len(first.layers) > len(second.layers)
     check(found)
-    of_many = made(BIG, "12GB+16GB+14x12GB")
+    of_many = made(BIG, "12GB@9000+16GB@9000+14x12GB@9000")
     check(of_many)
     sizes = [len(share.layers) for share in of_many.shares]
     assert of_many.shares[0].device.name == "gpu 1" and sizes[0] > max(sizes[1:]), "the largest card has the most layers"
 
 
 def test_layers_are_divided_where_what_every_layer_needs_is_too_much_for_one_card():
-    found = made(BIG, "12x16GB")
+    found = made(BIG, "12x16GB@9000")  # so fast that sums are what takes time
     check(found)
     assert found.precision is Precision.INT4 and sum(bool(share.layers) for share in found.shares) == len(found.shares) > 8
     words = " ".join(in_words(found))
@@ -149,7 +149,7 @@ def test_layers_are_divided_where_what_every_layer_needs_is_too_much_for_one_car
 
 
 def test_layers_are_divided_and_their_experts_lie_in_the_cpus_memory_where_even_that_is_too_little():
-    found = made(BIG, "4x16GB+cpu:128GB")
+    found = made(BIG, "4x16GB@9000+cpu:128GB")
     check(found)
     *gpus, cpu = found.shares
     assert len(gpus) == 4 and all(share.layers and share.experts == gpus[0].experts for share in gpus)
@@ -177,6 +177,28 @@ def test_one_gpu_is_taken_where_one_is_enough_and_several_where_they_read_faster
     slow = made(SMALL, "4x48GB@100")
     assert len(slow.shares) > 1
     assert slow.step_s < made(SMALL, "48GB@100").step_s
+
+
+def test_every_gpu_computes_a_portion_of_every_layer_where_that_is_worth_the_sums():
+    many, whole = made(BIG, "8x80GB"), made(BIG, "600GB@2000")
+    check(many)
+    assert many.precision is whole.precision is Precision.BFLOAT16
+    assert len(many.shares) == 8 and many.step_s < 0.55 * whole.step_s
+
+
+def test_of_uneven_cards_the_faster_has_more_heads_and_experts():
+    found = made(SMALL, "24GB@400+24GB@200")
+    check(found)
+    fast, slow = found.shares
+    assert fast.portion and slow.portion and len(fast.portion.heads) == 11 and len(slow.portion.heads) == 5
+    assert len(fast.experts) > len(slow.experts) and len(fast.portion.inner) > len(slow.portion.inner)
+
+
+def test_experts_for_which_ranks_have_no_room_lie_beside_the_first():
+    found = made(BIG, "4x16GB@200+cpu:128GB@400")
+    check(found)
+    *ranks, cpu = found.shares
+    assert len(ranks) > 1 and all(share.portion for share in ranks) and cpu.portion is None and cpu.experts.stop == 160
 
 
 def test_what_gpus_have_no_room_for_lies_in_the_cpus_memory():
