@@ -87,26 +87,38 @@ def test_experts_in_the_cpus_memory_beside_rank_0_are_moved_and_the_answers_stay
     assert model.own.hot is not None and model.own.hot.moves
 
 
+FEW_TOKENS = 64
+"""Of context that is planned for: what is read of more would be read by every rank."""
+
+
 def cards(count: int, room: float) -> tuple[Device, ...]:
     """So slow that ranks are worth it, each with room for such a share of the routed experts; all are this machine's CPU."""
     config = ModelConfig.read(STARTER)
     *others, routed = groups(config, Precision.FLOAT32)
-    context = config.max_position_embeddings
-    rest = (
-        sum(group.bytes for group in others) + working_bytes(config, context) + context * config.num_hidden_layers * config.latent_dim * 4
-    )
+    rest = sum(group.bytes for group in others) + working_bytes(config, FEW_TOKENS)
+    rest += FEW_TOKENS * config.num_hidden_layers * config.latent_dim * 4
     free = RESERVED_BYTES["gpu"] + rest + int(room * routed.bytes)
     return tuple(Device(name="cpu", kind="gpu", free_bytes=free, bytes_per_s=1e9) for _ in range(count))
 
 
-def test_ranks_take_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatch):
-    devices = cards(3, 0.5)
-    made = plan(
-        Demand(entry=Entry(name="starter", shape=ModelConfig.read(STARTER), context_tokens=1), precision=Precision.FLOAT32), devices
-    )
+@pytest.fixture
+def on_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[Device, ...]], None]:
+    """Has models be loaded as planned for such devices."""
+
+    def put(devices: tuple[Device, ...]) -> None:
+        monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+        monkeypatch.setattr(runner, "USUAL_CONTEXT_TOKENS", FEW_TOKENS)
+        monkeypatch.setattr(runner, "real_devices", lambda: devices)
+
+    return put
+
+
+def test_ranks_take_the_bytes_that_the_plan_says(on_cards: Callable[[tuple[Device, ...]], None]):
+    devices = cards(3, 0.36)
+    entry = Entry(name="starter", shape=ModelConfig.read(STARTER), context_tokens=1)
+    made = plan(Demand(entry=entry, precision=Precision.FLOAT32, context_tokens=FEW_TOKENS), devices)
     assert isinstance(made, Plan) and len(made.shares) == 3
-    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
-    monkeypatch.setattr(runner, "real_devices", lambda: devices)
+    on_cards(devices)
     model = runner.load(STARTER, device="auto", dtype="float32", threads=1, kernels="torch", progress=quiet)
     assert isinstance(model, RankedModel)
     try:
@@ -127,14 +139,13 @@ TEXT = "def total(values):\n    result = 0\n    for value in values:\n        re
 FIRST = Request(prompt=Fim(prefix=TEXT + "def mean(values):\n", suffix=""), max_new_tokens=8)
 
 
-async def test_ranks_reuse_what_was_computed_like_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_ranks_reuse_what_was_computed_like_one_device(tmp_path: Path, on_cards: Callable[[tuple[Device, ...]], None]):
     """Copied, shifted, kept on disk and taken back, the same on every rank; and after one was killed in between."""
-    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
     edited = Fim(prefix="import math\n" + TEXT + "def mean(values):\n", suffix="")
     again = replace(FIRST, prompt=edited, reuse=Reuse.SHIFTED)
     answers, costs = [], []
     for name, devices in (("whole", ()), ("ranks", cards(2, 0.7)), ("ranks", cards(2, 0.7))):
-        monkeypatch.setattr(runner, "real_devices", lambda devices=devices: devices)
+        on_cards(devices)
         engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch", disk=Disk(tmp_path / name, 10**9))
         try:
             assert isinstance(engine._runner.model, RankedModel) == bool(devices)
@@ -155,9 +166,10 @@ async def test_ranks_reuse_what_was_computed_like_one_device(tmp_path: Path, mon
     assert costs[2][0].computed_tokens < 20, "taken back from disk"
 
 
-async def test_a_rank_killed_while_it_serves_is_a_sentence_to_its_request_and_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
-    monkeypatch.setattr(runner, "real_devices", lambda: cards(3, 0.5))
+async def test_a_rank_killed_while_it_serves_is_a_sentence_to_its_request_and_nothing_to_the_next(
+    on_cards: Callable[[tuple[Device, ...]], None],
+):
+    on_cards(cards(3, 0.36))
     engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch")
     try:
         model = engine._runner.model
