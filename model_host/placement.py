@@ -182,8 +182,11 @@ def _dealt(count: int, speeds: Sequence[float], least: int) -> list[range]:
 def _rest_bytes(config: ModelConfig, precision: Precision, portion: Portion, *, is_first: bool) -> int:
     """All that a rank has but routed experts; only the first has the output, which may be the embeddings as well."""
     found = {group.name: group.bytes for group in groups(config.portion(portion), precision)}
-    left_out = found["routed experts"] + (0 if is_first or config.tie_word_embeddings else found["output"])
-    return sum(found.values()) - left_out
+    rest = sum(found.values()) - found["routed experts"]
+    if is_first:
+        return rest
+    _, last = end_bytes(config, precision)
+    return rest - last + (found["output"] if config.tie_word_embeddings else 0)
 
 
 def _plan(demand: Demand, precision: Precision, shares: Sequence[Share], cache_bytes: int) -> Plan:

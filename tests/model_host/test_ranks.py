@@ -114,7 +114,7 @@ def on_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[Device, ...]], 
 
 
 def test_ranks_take_the_bytes_that_the_plan_says(on_cards: Callable[[tuple[Device, ...]], None]):
-    devices = cards(3, 0.36)
+    devices = cards(3, 0.1)
     entry = Entry(name="starter", shape=ModelConfig.read(STARTER), context_tokens=1)
     made = plan(Demand(entry=entry, precision=Precision.FLOAT32, context_tokens=FEW_TOKENS), devices)
     assert isinstance(made, Plan) and len(made.shares) == 3
@@ -135,7 +135,7 @@ async def said(engine: LocalEngine, request: Request) -> tuple[str, Cost]:
     return spoken, generation.cost
 
 
-TEXT = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\n" * 6
+TEXT = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\n" * 10
 FIRST = Request(prompt=Fim(prefix=TEXT + "def mean(values):\n", suffix=""), max_new_tokens=8)
 
 
@@ -169,7 +169,7 @@ async def test_ranks_reuse_what_was_computed_like_one_device(tmp_path: Path, on_
 async def test_a_rank_killed_while_it_serves_is_a_sentence_to_its_request_and_nothing_to_the_next(
     on_cards: Callable[[tuple[Device, ...]], None],
 ):
-    on_cards(cards(3, 0.36))
+    on_cards(cards(3, 0.1))
     engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch")
     try:
         model = engine._runner.model
