@@ -4,8 +4,8 @@ A checkpoint with random weights is written to a temporary folder and loaded by 
 the process at most while loading over what the weights take, the time over that of a plain read of the files (from the system's cache, as
 the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then the plain torch model
 as 1, 2 and 4 ranks, each with a portion of every layer, by gloo on a CPU. The ceiling of decode is the bytes of a token over the
-bandwidth that the same run measures. Last the same model with its layers in 2 and 4 parts, one after the other in one process. NF4 is measured by
-benchmarks.formats.
+bandwidth that the same run measures. Last the same model with its layers in 2 and 4 parts, one after the other in one process. NF4 is
+measured by benchmarks.formats.
 """
 
 import argparse

@@ -430,8 +430,9 @@ class LocalEngine:
         answer.generation.feed(cost)
 
     def _end_all(self, error: EngineError) -> None:
-        """Ends every request with `error`; what they have computed stays."""
+        """Ends every request with `error`; what they have computed stays. Rest is over too: it might break again and again."""
         self._stop_resting()
+        self._inexact.clear()
         for answer in self._answers:
             self._scheduler.remove(answer.sequence)
             answer.generation.feed(error)
