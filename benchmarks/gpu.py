@@ -34,13 +34,13 @@ from model_host.batch import Span, Step
 from model_host.catalogue import LARGE, Precision
 from model_host.config import ModelConfig
 from model_host.experts import Spread, TorchExperts
+from model_host.footprint import CHUNK_TOKENS, groups
 from model_host.gpu import plain
 from model_host.gpu.model import MAX_ROWS, SHORT_TOKENS, GpuModel
 from model_host.holders import empty_dense
 from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import Block, Model, MoE
 from model_host.pages import PAGE_TOKENS, pages_for
-from model_host.placement import CHUNK_TOKENS, groups
 from model_host.quantized import PackedLinear, Stack
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}

@@ -3,9 +3,9 @@
 A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
 the process (of a GPU: of the card) at most while loading over what the weights take, the time over that of a plain read of the files
 (from the system's cache, as the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then
-the plain torch model with its experts in 1, 2 and 4 processes, by gloo on a CPU. The ceiling of decode is the bytes of a token over the
-bandwidth that the same run measures there. Last the same model with its layers in 2 and 4 parts, one after the other in one process.
-How many bits lose how much is measured by benchmarks.formats.
+the plain torch model as 1, 2 and 4 ranks, each with a portion of every layer, by gloo on a CPU. The ceiling of decode is the bytes of a
+token over the bandwidth that the same run measures there. Last the same model with its layers in 2 and 4 parts, one after the other in
+one process. How many bits lose how much is measured by benchmarks.formats.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from benchmarks.report import Goal, report
 from model_host.batch import Span, Step
 from model_host.catalogue import Precision
 from model_host.checkpoints import checked_shards
-from model_host.config import ModelConfig
-from model_host.holders import LayeredModel, SpreadModel, load_spread
-from model_host.latents import LatentPool, LayeredPool
+from model_host.config import ModelConfig, Portion
+from model_host.devices import Device, Share
+from model_host.footprint import groups
+from model_host.holders import RankedModel, load_spread
+from model_host.latents import LayeredPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeModel, random_weights
 from model_host.pages import pages_for
-from model_host.placement import Device, Share, groups
 from model_host.quantized import BITS, FEWER_BITS, pack, unpack
-from model_host.runner import StepModel
+from model_host.runner import LEAST_TOKENS, StepModel
 
 SHAPES = {"mid": MID, "tiny": TINY}
 CONTEXT_TOKENS, STEPS = 512, 40
@@ -65,27 +66,40 @@ def cuts(whole: int, parts: int) -> list[range]:
     return [range(whole * part // parts, whole * (part + 1) // parts) for part in range(parts)]
 
 
-def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> SpreadModel | LayeredModel:
-    """All but the experts on the first device, the experts divided evenly over the processes."""
+def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> StepModel:
+    """Heads, experts and the inner dimension of dense layers divided evenly over the ranks."""
     config = ModelConfig.read(folder)
-    own = cuts(config.n_routed_experts or 0, ranks)
-    divided = [(range(0 if rank else config.num_hidden_layers), experts) for rank, experts in enumerate(own)]
-    return loaded(folder, divided, precision, device, kernels, max(THREADS // ranks, 1))
+    place = Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0)
+    divided = zip(
+        cuts(config.num_attention_heads, ranks),
+        cuts(config.intermediate_size, ranks),
+        cuts(config.n_shared_experts or 0, ranks),
+        cuts(config.n_routed_experts or 0, ranks),
+        strict=True,
+    )
+    shares = [
+        Share(
+            device=place,
+            layers=range(config.num_hidden_layers),
+            experts=experts,
+            weight_bytes=0,
+            portion=Portion(heads=heads, inner=inner, shared=shared) if ranks > 1 else None,
+        )
+        for heads, inner, shared, experts in divided
+    ]
+    return loaded(folder, shares, precision, kernels, max(THREADS // ranks, 1))
 
 
-def layered(folder: Path, precision: str, device: str, parts: int, kernels: str) -> SpreadModel | LayeredModel:
+def layered(folder: Path, precision: str, device: str, parts: int, kernels: str) -> StepModel:
     """The layers divided evenly over parts on one device."""
     config = ModelConfig.read(folder)
-    divided = [(layers, range(config.n_routed_experts or 0)) for layers in cuts(config.num_hidden_layers, parts)]
-    return loaded(folder, divided, precision, device, kernels, THREADS)
-
-
-def loaded(
-    folder: Path, divided: list[tuple[range, range]], precision: str, device: str, kernels: str, threads: int
-) -> SpreadModel | LayeredModel:
-    """With such layers and experts on each device."""
     place = Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0)
-    shares = [Share(device=place, layers=layers, experts=experts, weight_bytes=0) for layers, experts in divided]
+    experts = range(config.n_routed_experts or 0)
+    shares = [Share(device=place, layers=layers, experts=experts, weight_bytes=0) for layers in cuts(config.num_hidden_layers, parts)]
+    return loaded(folder, shares, precision, kernels, THREADS)
+
+
+def loaded(folder: Path, shares: list[Share], precision: str, kernels: str, threads: int) -> StepModel:
     compute = torch.bfloat16 if precision in FEWER_BITS else getattr(torch, precision)
     torch.set_num_threads(THREADS)
     return load_spread(
@@ -120,7 +134,9 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
     if model.device.type == "cuda":
         most = torch.cuda.max_memory_allocated(model.device)
     pages = pages_for(CONTEXT_TOKENS)
-    latents = model.pool(pages) if isinstance(model, LayeredModel) else LatentPool(model.config, pages, model.latent_dtype, model.device)
+    latents = model.pool(pages_for(LEAST_TOKENS))
+    if isinstance(model, RankedModel):
+        model.prepare(latents)
     for part in latents.parts if isinstance(latents, LayeredPool) else (latents,):
         part.c_kv.normal_()
         part.k_pe.normal_()
@@ -130,7 +146,7 @@ def measured(load: Callable[[], StepModel]) -> dict[str, float]:
         started = time.perf_counter()
         model.forward(Step(ids=(number + 1,), spans=step.spans, wanted=(0,)), latents).cpu()
         times.append(time.perf_counter() - started)
-    if isinstance(model, SpreadModel):
+    if isinstance(model, RankedModel):
         model.close()
     return {
         "peak_over_final": max(most, 1) / model.weight_bytes,

@@ -6,6 +6,7 @@ code does not support is refused by name instead of being computed wrongly. Noth
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +30,17 @@ class Yarn(BaseModel):
     def magnitude(self, weight: float) -> float:
         """Attention temperature: 0.1 * weight * ln(factor) + 1 (YaRN, section 3.4)."""
         return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """What of every layer one of several ranks computes, beside its routed experts."""
+
+    heads: range
+    inner: range
+    """Of the inner dimension of the layers without experts."""
+    shared: range
+    """Of the experts that see every token."""
 
 
 class ModelConfig(BaseModel):
@@ -131,6 +143,32 @@ class ModelConfig(BaseModel):
         """What describes a model of some of the layers alone, counted from 0."""
         dense = min(max(self.first_k_dense_replace - layers.start, 0), len(layers))
         return self.model_copy(update={"num_hidden_layers": len(layers), "first_k_dense_replace": dense})
+
+    def portion(self, portion: Portion) -> Self:
+        """What describes a model of a portion of every layer. The gate still chooses among all experts."""
+        numbers = {"num_attention_heads": portion.heads, "intermediate_size": portion.inner, "n_shared_experts": portion.shared}
+        return self.model_copy(update={name: len(part) for name, part in numbers.items()})
+
+    def cut(self, name: str, portion: Portion) -> tuple[slice, slice]:
+        """The rows and columns that a portion has of the matrix called so in a checkpoint."""
+        *_, stem, kind = ("", *name.removesuffix(".weight").split("."))
+        per_head = {
+            "q_proj": self.qk_head_dim,
+            "q_b_proj": self.qk_head_dim,
+            "kv_b_proj": self.qk_nope_head_dim + self.v_head_dim,
+            "o_proj": self.v_head_dim,
+        }
+        part, size = range(0), 0
+        if stem == "self_attn":
+            part, size = portion.heads, per_head.get(kind, 0)
+        elif stem == "shared_experts":
+            part, size = portion.shared, self.moe_intermediate_size
+        elif stem == "mlp" and kind != "gate":
+            part, size = portion.inner, 1
+        everything, own = slice(None), slice(part.start * size, part.stop * size)
+        if not size:
+            return everything, everything
+        return (everything, own) if kind in ("o_proj", "down_proj") else (own, everything)
 
     @property
     def qk_head_dim(self) -> int:

@@ -27,6 +27,9 @@ class EagerModel:
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.short_tokens = 1
 
+    def pool(self, pages: int) -> LatentPool:
+        return LatentPool(self.config, pages, self.latent_dtype, self.device)
+
     def prepare(self, latents: LatentPool) -> None:
         self.short_tokens = self._measured_short_tokens(latents)
 

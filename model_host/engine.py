@@ -19,7 +19,7 @@ from torch import Tensor
 from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
 from model_host.drafts import Drafter, Pay
-from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
+from model_host.errors import CheckpointError, EngineClosed, EngineError, RankLost, RequestError
 from model_host.generation import (
     REPOSITORY_TOKENS,
     Chat,
@@ -196,6 +196,8 @@ class LocalEngine:
             self._take_in()
             try:
                 self._step() if self._answers else self._rest()
+            except RankLost as error:
+                self._end_all(error)
             except EngineError as error:
                 self._fail_all(error)
             except torch.OutOfMemoryError:
@@ -441,6 +443,15 @@ class LocalEngine:
         if finish in (Finish.END, Finish.LENGTH) and (text := answer.decoder.end()):
             answer.generation.feed(text)
         answer.generation.feed(cost)
+
+    def _end_all(self, error: EngineError) -> None:
+        """Ends every request with `error`; what they have computed stays. Rest is over too: it might break again and again."""
+        self._stop_resting()
+        self._inexact.clear()
+        for answer in self._answers:
+            self._scheduler.remove(answer.sequence)
+            answer.generation.feed(error)
+        self._answers.clear()
 
     def _fail_all(self, error: EngineError) -> None:
         """Ends everything with `error`, and begins anew: a step that broke may have left wrong latents behind."""

@@ -2,6 +2,7 @@
 
 EngineError
 ├── CheckpointError      the checkpoint cannot be used: missing, not DeepSeek-V2, damaged, wrong tokenizer
+├── RankLost             one of the processes that compute the model is gone; what was computed before is still there
 ├── RequestError         this one request cannot be served: too long, nothing to compute
 └── EngineClosed         the engine was shut down, or died, while the request was waiting
 """
@@ -13,6 +14,10 @@ class EngineError(Exception):
 
 class CheckpointError(EngineError):
     """The checkpoint cannot be used as it is."""
+
+
+class RankLost(EngineError):
+    """A process that computes a part of the model has ended: the step it was in has not happened, those before have."""
 
 
 class RequestError(EngineError):

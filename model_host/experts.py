@@ -1,4 +1,4 @@
-"""The routed experts of a model where they lie: on one device, on several, in the memory of the CPU, in other processes.
+"""The routed experts of a model where they lie: on one device, on several, in the memory of the CPU.
 
 Owns: what a holder of experts is, the one in plain torch, and summing the parts. Holders know which experts they hold and leave the
 others' choices out; a layer's result is the sum of what all of them return, in float32. Knows nothing of files.
@@ -33,18 +33,6 @@ class Held(Protocol):
 
     def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
         """Puts another expert, by its matrices gate_proj, up_proj and down_proj, into the place of one that is here."""
-        ...
-
-
-class Elsewhere(Protocol):
-    """Experts in other processes, which work while this one does."""
-
-    def send(self, x: Tensor, weights: Tensor, experts: Tensor) -> None:
-        """Gives them the next layer's tokens."""
-        ...
-
-    def added(self, own: Tensor) -> Tensor:
-        """`own` [T, D] and what they made of those tokens, summed."""
         ...
 
 
@@ -116,30 +104,25 @@ def first_slots(config: ModelConfig, held: range) -> Tensor:
 
 
 class Spread:
-    """All holders of a model's experts, together."""
+    """All holders of a model's experts in this process, together."""
 
-    def __init__(self, here: Sequence[Held], elsewhere: Elsewhere | None = None) -> None:
-        self.here, self.elsewhere = tuple(here), elsewhere
+    def __init__(self, here: Sequence[Held]) -> None:
+        self.here = tuple(here)
         self.note: Callable[[int, Tensor], None] | None = None
         """Told the choices [T, K] of every layer."""
 
     @property
-    def whole(self) -> TorchExperts | None:
-        """The one holder, on torch's side, that has all experts, each in the slot of its own number, as kernels read them; where there is
-        one."""
-        only = self.here[0] if self.elsewhere is None and len(self.here) == 1 else None
+    def only(self) -> TorchExperts | None:
+        """The one holder, in torch, where there is no other; it has its experts in the order of their numbers, as kernels read them."""
+        only = self.here[0] if len(self.here) == 1 else None
         return only if isinstance(only, TorchExperts) and only.in_kernels else None
 
     def __call__(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [T, D], weights and experts [T, K] -> [T, D]"""
         if self.note is not None:
             self.note(layer, experts)
-        if self.elsewhere is not None:
-            self.elsewhere.send(x, weights, experts)
         parts = [held.partial(layer, x, weights, experts) for held in self.here]
         out = sum((part.to(x.device) for part in parts), torch.zeros(x.shape, dtype=torch.float32, device=x.device))
-        if self.elsewhere is not None:
-            out = self.elsewhere.added(out)
         return out.to(x.dtype)
 
 
@@ -151,12 +134,12 @@ class SpreadLayer(nn.Module):
         self._spread, self._layer = spread, layer
 
     @property
-    def stacks(self) -> tuple[Stack, Stack]:
-        """Of a spread that is whole."""
-        assert self._spread.whole is not None
-        gate_up, down = self._spread.whole.stacks(self._layer)
+    def stacks(self) -> tuple[Stack, Stack, int]:
+        """Of a spread with one holder: as in `TorchExperts.stacks`, and the number of the expert that is first in them."""
+        assert self._spread.only is not None
+        gate_up, down = self._spread.only.stacks(self._layer)
         assert isinstance(gate_up, Stack) and isinstance(down, Stack)
-        return gate_up, down
+        return gate_up, down, self._spread.only.held.start
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return self._spread(self._layer, x, weights, experts)

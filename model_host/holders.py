@@ -1,10 +1,12 @@
 """Reads a model's experts into whoever holds them: compiled kernels on a CPU, torch elsewhere; and a whole model of such parts, its
-layers on one device or on several.
+layers on one device or on several, or a portion of each on several.
 
 Owns: which form holds experts on a device, and that every tensor goes from its file into one place, packed on the way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,27 +15,32 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from model_host.batch import Step
+from model_host.batch import Copy, Shift, Step
 from model_host.checkpoints import allocate, checked_shards, destinations_in, of_layers, outline, tensors
-from model_host.config import ModelConfig
-from model_host.eager import EagerModel
-from model_host.errors import EngineError
+from model_host.config import ModelConfig, Portion
+from model_host.devices import Share
+from model_host.eager import TRIED_CONTEXT, EagerModel
 from model_host.experts import Held, Spread, SpreadLayer, TorchExperts, sinks
 from model_host.generation import Progress
 from model_host.gpu.model import GpuModel
 from model_host.hot import HotExperts, ReadExpert
 from model_host.latents import LatentPool, LayeredPool
-from model_host.models.deepseek_v2 import Model, MoE
+from model_host.models.deepseek_v2 import Model, MoE, Together
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeExperts
 from model_host.nf4 import Nf4Linear
-from model_host.placement import Share
+from model_host.orders import Begin, Fill, Post
+from model_host.pages import PAGE_TOKENS, pages_for
 from model_host.quantized import BITS, FEWER_BITS, PackedLinear, linears
-from model_host.ranks import Post, Ranks
+from model_host.ranks import ConnectionLost, Ranks, Wire
 
 PACKED = PackedLinear | Nf4Linear
 PLAIN = ("kv_b_proj", "lm_head")
 """Linear layers that stay as they are: attention over latents takes the first apart, and the second decides between close calls."""
+PREPARED_PAGES = pages_for(TRIED_CONTEXT)
+"""What making ready for steps may write over."""
+GIVEN_PAGES = 256
+"""At a time, to other ranks: 128 MB of Coder-V2-Lite."""
 
 
 def load_experts(
@@ -74,29 +81,44 @@ def load_dense(
     device: torch.device,
     progress: Progress,
     layers: range | None = None,
+    portion: Portion | None = None,
+    ends: bool = True,
 ) -> Model:
-    """The model of `folder`, or some layers of it, whose routed experts are those of `spread`, with everything else on `device`. Raises
-    CheckpointError."""
+    """The model of `folder`, some layers of it, or a portion of each, whose routed experts are those of `spread`, with everything else on
+    `device`; the output only where it `ends` the model. Raises CheckpointError."""
     weights = tensors(checked_shards(folder, config), progress)
     if layers is not None:
         weights = of_layers(weights, layers)
-    model = empty_dense(config, spread, layers, precision=precision, dtype=dtype, device=device)
-    places: dict[str, Callable[[Tensor], object]] = {name: place.copy_ for name, place in destinations_in(model)}
+    model = empty_dense(config, spread, layers, portion, precision=precision, dtype=dtype, device=device, ends=ends)
+    places: dict[str, Callable[..., object]] = {name: partial(_copy, place) for name, place in destinations_in(model)}
     places |= {f"model.{name}.weight": module.put for name, module in model.named_modules() if isinstance(module, PACKED)}
     for name, tensor in weights:
         if name in places:
-            places[name](tensor)
+            places[name](tensor, *(config.cut(name, portion) if portion else ()))
     return model.eval()
 
 
+def _copy(place: Tensor, tensor: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+    place.copy_(tensor[rows] if tensor.dim() == 1 else tensor[rows, columns])
+
+
 def empty_dense(
-    config: ModelConfig, spread: Spread, layers: range | None = None, *, precision: str, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    spread: Spread,
+    layers: range | None = None,
+    portion: Portion | None = None,
+    *,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    ends: bool = True,
 ) -> Model:
     """The same, its memory not filled."""
+    own = config if portion is None else config.portion(portion)
     if layers is None:
-        model = outline(config)
+        model = outline(own, ends=ends)
     else:
-        model = outline(config.of(layers), begins=layers.start == 0, ends=layers.stop == config.num_hidden_layers)
+        model = outline(own.of(layers), begins=layers.start == 0, ends=ends and layers.stop == config.num_hidden_layers)
     for layer, block in enumerate(model.blocks()):
         if isinstance(block.mlp, MoE):
             setattr(block.mlp, "experts", SpreadLayer(spread, layer))  # noqa: B010  it only has to be called like one
@@ -130,48 +152,60 @@ def load_spread(
     threads: int,
     kernels: str,
     progress: Progress,
-) -> "SpreadModel | LayeredModel":
-    """The model of `folder` as a plan divides it: layers on the devices of the shares that have some, in this process; experts there,
-    in the CPU's memory, and, where one device has all layers, on other GPUs in processes of their own. Raises CheckpointError,
-    EngineError."""
+) -> "SpreadModel | LayeredModel | RankedModel":
+    """The model of `folder` as a plan divides it: layers, or a portion of each, on the devices of the shares that have some; experts there
+    and in the CPU's memory. Portions but the first are in processes of their own. Raises CheckpointError, RankLost."""
     config = ModelConfig.read(folder)
-    bearing = [share for share in shares if share.layers]
-    on_cpu = [share for share in shares if not share.layers and share.device.kind == "cpu"]
-    posts = [
-        Post(device=share.device.name, first=share.experts.start, stop=share.experts.stop)
-        for share in shares
-        if not share.layers and share.device.kind == "gpu"
-    ]
-    assert len(bearing) == 1 or not posts
     how: dict[str, Any] = {"precision": precision, "dtype": dtype, "threads": threads, "kernels": kernels}
-    ranks = Ranks(folder, config, posts, home=torch.device(bearing[0].device.name), **how) if posts else None
-    try:
-        if ranks is not None:
+    on_cpu = [share for share in shares if not share.layers]
+    bearing = [share for share in shares if share.layers]
+    if posts := [Post(device=s.device.name, portion=s.portion, experts=s.experts) for s in bearing if s.portion is not None]:
+        ranks = Ranks(folder, posts[1:], home=torch.device(posts[0].device), captures=not on_cpu, **how)
+        try:
             ranks.start(progress)
-        parts = [_part(folder, config, [share, *on_cpu], ranks, how, progress) for share in bearing]
-    except BaseException:
-        if ranks is not None:
+            return RankedModel(config, _part(folder, config, [bearing[0], *on_cpu], how, progress, captures=ranks.captures), ranks)
+        except BaseException:
             ranks.close()
-        raise
+            raise
+    parts = [_part(folder, config, [share, *on_cpu], how, progress) for share in bearing]
     return parts[0] if len(parts) == 1 else LayeredModel(config, parts)
 
 
 def _part(
-    folder: Path, config: ModelConfig, shares: Sequence[Share], ranks: Ranks | None, how: Mapping[str, Any], progress: Progress
+    folder: Path, config: ModelConfig, shares: Sequence[Share], how: Mapping[str, Any], progress: Progress, *, captures: bool = True
 ) -> "SpreadModel":
-    """The layers of the first share, with their experts in the devices of all of them and in the processes of `ranks`."""
+    """The layers of the first share, or its portion of them, with their experts in the devices of all of them."""
     layers, device = shares[0].layers, torch.device(shares[0].device.name)
     held = [
         load_experts(folder, config, share.experts, device=torch.device(share.device.name), progress=progress, layers=layers, **how)
         for share in shares
     ]
-    spread = Spread(held, ranks)
-    precision, dtype = how["precision"], how["dtype"]
-    model = load_dense(folder, config, spread, precision=precision, dtype=dtype, device=device, progress=progress, layers=layers)
+    spread = Spread(held)
+    dense = {"precision": how["precision"], "dtype": how["dtype"], "device": device, "progress": progress}
+    model = load_dense(folder, config, spread, layers=layers, portion=shares[0].portion, **dense)
     hot = None
     if len(held) == 2:
         hot = HotExperts(config.of(layers), held[0], held[1], expert_reader(folder, config, layers.start), device)
-    return SpreadModel(model, spread, precision, ranks, hot)
+    return SpreadModel(model, spread, how["precision"], hot, captures=captures)
+
+
+def load_rank(
+    folder: Path,
+    config: ModelConfig,
+    post: Post,
+    *,
+    precision: str,
+    dtype: torch.dtype,
+    threads: int,
+    kernels: str,
+    captures: bool,
+    progress: Progress,
+) -> "SpreadModel":
+    """What a rank other than the first has of the model, which is all but the output. Raises CheckpointError."""
+    how: dict[str, Any] = {"precision": precision, "dtype": dtype, "device": torch.device(post.device), "progress": progress}
+    spread = Spread([load_experts(folder, config, post.experts, threads=threads, kernels=kernels, **how)])
+    model = load_dense(folder, config, spread, portion=post.portion, ends=False, **how)
+    return SpreadModel(model, spread, precision, captures=captures)
 
 
 def stepping(model: Model, *, is_whole: bool = True) -> GpuModel | EagerModel:
@@ -195,49 +229,155 @@ def expert_reader(folder: Path, config: ModelConfig, first_layer: int = 0) -> Re
 
 
 class SpreadModel:
-    """A model, or some layers of one, whose experts lie on several devices or in fewer bits. Satisfies model_host.runner.StepModel."""
+    """A model, some layers of one or a portion of each, whose experts lie on several devices or in fewer bits. Satisfies
+    model_host.runner.StepModel."""
 
-    def __init__(self, model: Model, spread: Spread, precision: str, ranks: Ranks | None = None, hot: HotExperts | None = None) -> None:
-        self._stepping = stepping(model, is_whole=spread.whole is not None)
-        self._spread, self._ranks, self.hot = spread, ranks, hot
+    def __init__(self, model: Model, spread: Spread, precision: str, hot: HotExperts | None = None, *, captures: bool = True) -> None:
+        self._stepping = stepping(model, is_whole=captures and spread.only is not None)
+        self._spread, self.hot = spread, hot
         if hot is not None:
             spread.note = hot.note
         self.config, self.device, self.latent_dtype = model.config, self._stepping.device, self._stepping.latent_dtype
         self.precision = precision
         self.weight_bytes = self._stepping.weight_bytes + sum(held.weight_bytes for held in spread.here)
-        self.weight_bytes += ranks.weight_bytes if ranks else 0
+
+    def work_with(self, others: Together | None) -> None:
+        """Those who have the other portions, from now on."""
+        self._stepping.model.together = others
+        if isinstance(self._stepping, GpuModel):
+            self._stepping.forget()  # graphs in which there are sums with those before
+
+    def pool(self, pages: int) -> LatentPool:
+        return self._stepping.pool(pages)
 
     def prepare(self, latents: LatentPool) -> None:
         self._stepping.prepare(latents)
 
     def forward(self, step: Step, latents: LatentPool, x: Tensor | None = None) -> Tensor:
         """Float32 logits [wanted, vocab] of the step, on the device; x, from any device, as in `Model.forward`."""
-        x = None if x is None else x.to(self.device)
-        if self._ranks is None:
-            return self._stepped(step, latents, x)
-        self._ranks.begin(len(step.ids))
-        try:
-            return self._stepped(step, latents, x)
-        except EngineError:
-            raise
-        except Exception:
-            self._ranks.close()  # they wait for layers of a step that has ended
-            raise
-
-    def _stepped(self, step: Step, latents: LatentPool, x: Tensor | None) -> Tensor:
-        out = self._stepping.forward(step, latents, x)
+        out = self._stepping.forward(step, latents, None if x is None else x.to(self.device))
         if self.hot is not None:
             self.hot.end_step()
         return out
 
-    def close(self) -> None:
-        """Ends the worker processes, where there are any."""
-        if self._ranks is not None:
+
+class RankedModel:
+    """A model of which each rank has a portion, by rank 0, which has the others do what it does. Satisfies model_host.runner.StepModel.
+
+    After a rank has died or failed, all others are started anew before the next step, and get the latents of rank 0.
+    """
+
+    def __init__(self, config: ModelConfig, own: SpreadModel, ranks: Ranks) -> None:
+        """`own` is rank 0's portion; the ranks are running."""
+        self.config, self.own, self._ranks = config, own, ranks
+        self.device, self.precision, self.latent_dtype = own.device, own.precision, own.latent_dtype
+        self.weight_bytes = own.weight_bytes + ranks.weight_bytes
+        own.work_with(ranks.wire)
+
+    def pool(self, pages: int) -> "RankedPool":
+        return RankedPool(self.config, pages, self.latent_dtype, self.device, self._ranks)
+
+    def prepare(self, latents: LatentPool) -> None:
+        assert isinstance(latents, RankedPool)
+        with self._together():
+            self._ranks.tell(Begin(latents.pages))
+            self.own.prepare(latents)
+
+    def forward(self, step: Step, latents: LatentPool) -> Tensor:
+        """Float32 logits [wanted, vocab] of the step, on rank 0's device, once they are there. Raises RankLost, CheckpointError."""
+        assert isinstance(latents, RankedPool)
+        if not self._ranks.is_running:
+            self._resume(latents)
+        latents.note(step)
+        with self._together() as wire:
+            self._ranks.tell(step)
+            out = self.own.forward(step, latents)
+            wire.wait()
+            return out
+
+    def _resume(self, latents: "RankedPool") -> None:
+        """Starts the other ranks anew, with what lies in the latents."""
+        self._ranks.start(lambda what, share: None)
+        self.own.work_with(self._ranks.wire)
+        first = list(range(min(PREPARED_PAGES, latents.pages)))
+        kept = latents.take_out(first)
+        self.prepare(latents)
+        with self._together():
+            LatentPool.put_in(latents, first, *kept)
+            latents.give_all()
+
+    @contextmanager
+    def _together(self) -> Iterator[Wire]:
+        """Around what all ranks do together. What breaks here leaves the others waiting, so they are ended."""
+        wire = self._ranks.wire
+        assert wire is not None
+        try:
+            yield wire
+        except BaseException as error:
+            self.own.work_with(None)
+            if isinstance(error, ConnectionLost) or wire.is_lost:
+                raise self._ranks.failed(error) from error
             self._ranks.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the other ranks' processes."""
+        self.own.work_with(None)
+        self._ranks.close()
 
     def __del__(self) -> None:
         if getattr(self, "_ranks", None) is not None:
             self.close()
+
+
+class RankedPool(LatentPool):
+    """Rank 0's latents, of which every rank has a copy: what is done with them here, the others are told. Where one of them is gone, the
+    next step finds that out."""
+
+    def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> None:
+        super().__init__(config, pages, dtype, device)
+        self.pages, self._ranks = pages, ranks
+        self._written: set[int] = set()
+        """Pages that may hold something."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        super().copy(source, target, tokens)
+        self._written.add(target)
+        self._tell(Copy(source, target, tokens))
+
+    def shift(self, shift: Shift) -> None:
+        super().shift(shift)
+        self._written.update(shift.target[shift.target_start // PAGE_TOKENS :])
+        self._tell(shift)
+
+    def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
+        super().put_in(pages, c_kv, k_pe)
+        self._written.update(pages)
+        if self._ranks.is_running:
+            with suppress(ConnectionLost):
+                self._give(pages)
+
+    def note(self, step: Step) -> None:
+        """Of what is to be written by a step."""
+        for span in step.spans:
+            self._written.update(span.pages[(span.context - span.tokens) // PAGE_TOKENS :])
+
+    def give_all(self) -> None:
+        """Gives the others everything there is. Raises ConnectionLost."""
+        self._give(sorted(self._written))
+
+    def _tell(self, command: Copy | Shift) -> None:
+        if self._ranks.is_running:
+            with suppress(ConnectionLost):
+                self._ranks.tell(command)
+
+    def _give(self, pages: list[int]) -> None:
+        for start in range(0, len(pages), GIVEN_PAGES):
+            some = pages[start : start + GIVEN_PAGES]
+            self._ranks.tell(Fill(tuple(some)))
+            assert self._ranks.wire is not None
+            for part in self.of_pages(some):
+                self._ranks.wire.give(part)
 
 
 class LayeredModel:
@@ -252,7 +392,7 @@ class LayeredModel:
 
     def pool(self, pages: int) -> LayeredPool:
         """Each part's latents on its own device."""
-        return LayeredPool([LatentPool(part.config, pages, part.latent_dtype, part.device) for part in self.parts])
+        return LayeredPool([part.pool(pages) for part in self.parts])
 
     def prepare(self, latents: LatentPool) -> None:
         assert isinstance(latents, LayeredPool)

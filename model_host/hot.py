@@ -30,8 +30,9 @@ class HotExperts:
         self._first, layers = config.first_k_dense_replace, config.num_hidden_layers - config.first_k_dense_replace
         self._fast, self._slow, self._read = fast, slow, read
         self._uses = torch.zeros(layers, config.n_routed_experts or 0, device=device)  # [layers, E]
-        self._is_fast = torch.zeros(self._uses.shape, dtype=torch.bool)
+        self._is_fast, self._is_slow = (torch.zeros(self._uses.shape, dtype=torch.bool) for _ in range(2))
         self._is_fast[:, fast.held.start : fast.held.stop] = True
+        self._is_slow[:, slow.held.start : slow.held.stop] = True  # others may be in neither: those of other ranks
         self._steps = 0
         self.moves = 0
 
@@ -47,7 +48,7 @@ class HotExperts:
             return
         uses = self._uses.cpu()
         self._uses *= FADING
-        hottest, hot = uses.masked_fill(self._is_fast, -1).max(dim=1)  # [layers], among the slow
+        hottest, hot = uses.masked_fill(~self._is_slow, -1).max(dim=1)  # [layers], among the slow
         coldest, cold = uses.masked_fill(~self._is_fast, torch.inf).min(dim=1)
         gains = (hottest - coldest).where((hottest >= TIMES_HOTTER * coldest) & (hottest >= MIN_USES), 0.0)
         best, rows = gains.topk(min(MOVES, len(gains)))
@@ -60,4 +61,5 @@ class HotExperts:
         self._fast.replace(layer, cold, hot, self._read(layer, hot))
         self._slow.replace(layer, hot, cold, self._read(layer, cold))
         self._is_fast[row, hot], self._is_fast[row, cold] = True, False
+        self._is_slow[row, hot], self._is_slow[row, cold] = False, True
         self.moves += 1

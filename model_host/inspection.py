@@ -14,10 +14,11 @@ from model_host import catalogue
 from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
 from model_host.checkpoints import checked_shards, hub_shapes, locate
 from model_host.config import ModelConfig
+from model_host.devices import parse_devices
 from model_host.errors import CheckpointError, EngineError
 from model_host.machine import free_bytes, real_devices
 from model_host.native.library import available_levels
-from model_host.placement import Demand, Impossible, in_words, parse_devices, plan
+from model_host.placement import Demand, Impossible, in_words, plan
 from model_host.runner import Kernels, choose
 from model_host.shards import Shard
 from model_host.tokenizer import Tokenizer

@@ -59,8 +59,13 @@ class LatentPool:
 
     def take_out(self, pages: list[int]) -> tuple[Tensor, Tensor]:
         """A copy of the latents of whole pages, on the CPU: c_kv [L, T, R] and k_pe [L, T, P]."""
+        c_kv, k_pe = self.of_pages(pages)
+        return c_kv.cpu(), k_pe.cpu()
+
+    def of_pages(self, pages: list[int]) -> tuple[Tensor, Tensor]:
+        """The same on the device."""
         slots = self._slots(tuple(pages), 0, len(pages) * PAGE_TOKENS)
-        return self.c_kv[:, slots].cpu(), self.k_pe[:, slots].cpu()
+        return self.c_kv[:, slots], self.k_pe[:, slots]
 
     def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
         """Writes what `take_out` gave into whole pages."""

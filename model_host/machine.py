@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model_host.placement import Device, imagined_cpu, imagined_gpu
+from model_host.devices import Device, imagined_cpu, imagined_gpu
 
 
 def real_devices() -> tuple[Device, ...]:

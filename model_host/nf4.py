@@ -76,8 +76,9 @@ class Nf4Linear(nn.Module):
         super().__init__()
         self.stack = Nf4Stack(1, rows, columns, device)
 
-    def put(self, weight: Tensor) -> None:
-        self.stack.put(0, 0, weight)
+    def put(self, weight: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """Packs a matrix, or a part of one that begins and ends with a block."""
+        self.stack.put(0, 0, weight[rows, columns])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., columns] -> [..., rows]"""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_host.placement import GROUP_COLUMNS
+from model_host.footprint import GROUP_COLUMNS
 
 Bits = Literal[4, 8]
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
@@ -175,8 +175,15 @@ class PackedLinear(nn.Module):
     def matrix(self) -> Packed:
         return Packed(self.codes, self.scales, self.in_features)
 
-    def put(self, weight: Tensor) -> None:
-        codes, scales = pack(weight.to(self.codes.device), self.bits)
+    def put(self, weight: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """Packs a matrix, or a part of one, as it is within the whole: in int8 a row's scale is that of all its columns. Groups of int4
+        begin anew with the part, so it begins with one of them."""
+        weight = weight[rows].to(self.codes.device)
+        if self.bits == 8:
+            codes, scales = pack(weight, 8)
+            codes = codes[:, columns]
+        else:
+            codes, scales = pack(weight[:, columns], 4)
         self.codes.copy_(codes)
         self.scales.copy_(scales)
 

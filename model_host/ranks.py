@@ -1,20 +1,20 @@
-"""Experts in worker processes, one a device: started, fed with each layer's tokens, summed up, noticed when they die.
+"""The processes of a model whose heads and experts are divided over devices: started, told what to do, summed with, noticed when they
+die.
 
-Owns: the processes and the groups they talk in: rank 0 is the caller's process, which has everything but these experts. Groups reach
-loopback only, and meet in a folder that nobody else can open. Between GPUs tokens go by NCCL, else by gloo through the host's memory: the
-same calls, to a group of another name (`Wire`).
-
-A worker keeps no state but its weights. After one has died or failed, all of them are started anew before the next step, and what
-the caller has cached stays valid.
+Owns: the processes and the group they talk in. Rank 0 is the caller's process; each of the others has a portion of every layer, and a
+copy of the latents. Groups reach loopback only, and meet in a folder that nobody else can open. Between GPUs sums go by NCCL, else by
+gloo through the host's memory. What the others are told goes to their stdin.
 """
 
 import json
+import os
+import queue
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,49 +24,31 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d  # groups of this process's own: torch.distributed has one of each for all
 
-from model_host.config import ModelConfig
-from model_host.errors import CheckpointError, EngineError
+from model_host.errors import CheckpointError, RankLost
 from model_host.generation import Progress
+from model_host.orders import Command, Orders, Post, written
 
 FOREVER = timedelta(days=365)
-"""Workers wait for the next step as long as there is none; the death of a process ends the wait."""
+"""Workers wait for the next sum as long as there is none; the death of a process ends the wait."""
 MEETING = timedelta(seconds=120)
 LAST_WORDS_S = 5.0
 """How long a broken worker may take to say why."""
+LAUNCH_S = 1.0
+"""How long launching sums may take, which returns at once unless it waits for a rank that has died."""
 LOST = 3
 """Exit status of a worker whose connection to the others broke: no failure of its own."""
+OF_NCCL = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "500",
+}
+"""Where the user has not set them: to meet on loopback; and that torch's own watchdog neither ends this process, which is the user's
+server, nor writes files. Deaths are noticed here."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Post:
-    """What one worker holds, and where."""
-
-    device: str
-    first: int
-    stop: int
-    """Experts [first, stop) of every layer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
-    """Everything a worker is told when it starts."""
-
-    folder: str
-    precision: str
-    dtype: str
-    """That is computed in, where it is not the precision."""
-    threads: int
-    kernels: str
-    rank: int
-    post: Post
-    meeting: str
-    """The folder in which the ranks find each other."""
-    world: int
-    backend: str
-    """Of what the tokens go over: nccl or gloo."""
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
     """A process, and what it has said so far."""
 
@@ -78,7 +60,7 @@ class Worker:
     failure: str = ""
     reader: threading.Thread | None = None
 
-    def listen(self, told: Progress) -> None:
+    def listen(self, told: Progress, gone: Callable[["Worker"], None]) -> None:
         """Reads what the worker says, line by line, until it ends."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -94,47 +76,54 @@ class Worker:
                 self.weight_bytes = int(said["weight_bytes"])
                 self.ready.set()
         self.ready.set()
+        gone(self)
+
+    def say(self, line: str) -> None:
+        """Raises ConnectionLost when it is gone."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except OSError as error:
+            raise ConnectionLost("a process has ended") from error
 
     def why(self) -> str:
-        """What has become of it, for the user; to be asked once it is known that something has."""
-        if self.reader is not None:
-            self.reader.join(LAST_WORDS_S)
+        """What has become of one that has ended, for the user; nothing, if it was left alone by another."""
         if self.failure:
             return self.failure
         try:
-            code = self.process.wait(LAST_WORDS_S if self.reader is None or not self.reader.is_alive() else 0)
-        except subprocess.TimeoutExpired:  # it is well
+            code = self.process.wait(LAST_WORDS_S)
+        except subprocess.TimeoutExpired:  # it has closed its stdout and is well
             return ""
-        if code == LOST:  # it was left alone by another
+        if code == LOST:
             return ""
         return f"it was ended by signal {-code}" if code < 0 else f"it ended with status {code}"
 
 
 class Ranks:
-    """Satisfies model_host.experts.Elsewhere. Used by one thread."""
+    """Rank 0's side of them. Used by one thread."""
 
     def __init__(
         self,
         folder: Path,
-        config: ModelConfig,
-        posts: list[Post],
+        posts: Sequence[Post],
         *,
         home: torch.device,
         precision: str,
         dtype: torch.dtype,
         threads: int,
         kernels: str,
+        captures: bool = False,
     ) -> None:
-        """`home` is the device of rank 0."""
-        self._folder, self._config, self._posts = folder, config, posts
+        """`home` is the device of rank 0; `captures` says whether it would run captured graphs, which it then may (`self.captures`)."""
+        self._folder, self._posts, self._home = folder, tuple(posts), home
         self._precision, self._dtype, self._threads, self._kernels = precision, dtype, threads, kernels
-        cards = {(device.type, device.index or 0) for device in (home, *(torch.device(post.device) for post in posts))}
-        apart = len(cards) == len(posts) + 1 and all(kind == "cuda" for kind, _ in cards)  # NCCL wants a card for each rank
-        self._home, self._backend = home, "nccl" if apart and dist.is_nccl_available() else "gloo"
+        self._backend = backend_for([home, *(torch.device(post.device) for post in posts)])
+        self.captures = captures and self._backend == "nccl"
         self._workers: list[Worker] = []
+        self._gone: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._meeting: tempfile.TemporaryDirectory[str] | None = None
-        self._control: Group | None = None
-        self._wire: Wire | None = None
+        self.wire: Wire | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -142,62 +131,53 @@ class Ranks:
 
     @property
     def is_running(self) -> bool:
-        return self._control is not None
+        return self.wire is not None
 
-    def begin(self, tokens: int) -> None:
-        """Says how many tokens the next step has; starts the workers where they do not run. Raises CheckpointError, EngineError."""
-        if not self.is_running:
-            self.start(lambda what, share: None)
-        assert self._control is not None
-        self._tokens = tokens
-        try:
-            awaited(self._control.broadcast(torch.tensor([tokens]), 0))
-        except ConnectionLost as error:
-            raise self.failed(error) from error
+    def tell(self, command: Command) -> None:
+        """Has all others do it, after what they were told before. Raises ConnectionLost."""
+        assert self.wire is not None
+        self.wire.check()
+        line = written(command)
+        for worker in self._workers:
+            worker.say(line)
 
-    def send(self, x: Tensor, weights: Tensor, experts: Tensor) -> None:
-        assert self._wire is not None and len(x) == self._tokens
-        message = torch.cat((x.float(), weights.float(), experts.float()), dim=-1)  # [T, D+2K]; ids are exact in float32
-        try:
-            self._wire.broadcast(message)
-        except ConnectionLost as error:
-            raise self.failed(error) from error
-
-    def added(self, own: Tensor) -> Tensor:
-        assert self._wire is not None
-        try:
-            return self._wire.reduce(own).to(own.device)
-        except ConnectionLost as error:
-            raise self.failed(error) from error
-
-    def failed(self, error: Exception) -> EngineError:
+    def failed(self, error: BaseException) -> RankLost:
         """Ends the workers, and says what has happened to the first that had something happen to it."""
-        reasons = [(worker.failure == "", worker.rank, why) for worker in self._workers if (why := worker.why())]
-        devices = {rank: post.device for rank, post in enumerate(self._posts, start=1)}
+        reasons: list[tuple[bool, int, str]] = []
+        for _ in self._workers:
+            try:
+                worker = self._gone.get(timeout=0 if reasons else LAST_WORDS_S)
+            except queue.Empty:
+                break
+            if why := worker.why():
+                reasons.append((worker.failure == "", worker.rank, why))
         self.close()
         if not reasons:
-            return EngineError(f"The connection to the experts' processes was lost ({error}): they are started anew with the next request.")
+            return RankLost(f"The connection to the model's processes was lost ({error}): they are started anew with the next request.")
         _, rank, why = min(reasons)  # one with a traceback first
-        return EngineError(
-            f"The experts' process of rank {rank} on {devices[rank]} failed: {why.strip()}\n"
-            "All of them are started anew with the next request."
+        device = self._posts[rank - 1].device
+        return RankLost(
+            f"The model's process of rank {rank} on {device} failed: {why.strip()}\nAll of them are started anew with the next request."
         )
 
     def close(self) -> None:
-        """Ends the workers. Harmless when there are none."""
+        """Ends the workers. Harmless when there are none. Graphs that sums were captured in have to be gone by now."""
+        wire, self.wire = self.wire, None
+        if wire is not None:
+            wire.lose()
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
             worker.process.wait()
         self._workers.clear()
-        self._control = self._wire = None
         if self._meeting is not None:
             self._meeting.cleanup()
             self._meeting = None
 
     def start(self, progress: Progress) -> None:
-        """Starts the workers and waits for them. Raises CheckpointError, EngineError."""
+        """Starts the workers and waits for them. Raises CheckpointError, RankLost."""
         self._meeting = tempfile.TemporaryDirectory(prefix="deepseek-lsp-")
+        self._gone = queue.SimpleQueue()
         world = len(self._posts) + 1
         for rank, post in enumerate(self._posts, start=1):
             orders = Orders(
@@ -206,6 +186,7 @@ class Ranks:
                 dtype=str(self._dtype).removeprefix("torch."),
                 threads=self._threads,
                 kernels=self._kernels,
+                captures=self.captures,
                 rank=rank,
                 post=post,
                 meeting=self._meeting.name,
@@ -215,99 +196,143 @@ class Ranks:
             process = subprocess.Popen(
                 [sys.executable, "-m", "model_host.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            assert process.stdin is not None
             worker = Worker(rank, process)
             self._workers.append(worker)
-            worker.reader = threading.Thread(target=worker.listen, args=(progress,), daemon=True)
+            worker.reader = threading.Thread(target=worker.listen, args=(progress, self._notice), daemon=True)
             worker.reader.start()
             try:
-                process.stdin.write(json.dumps(asdict(orders)) + "\n")
-                process.stdin.flush()  # and left open: a worker ends when this end of the pipe does
-            except BrokenPipeError:
+                worker.say(orders.written())  # and stdin is left open: a worker ends when this end of the pipe does
+            except ConnectionLost:
                 continue  # it has something to say about that
         for worker in self._workers:
             worker.ready.wait()
             if not worker.weight_bytes:
                 rank, why = worker.rank, worker.why()
                 self.close()
-                raise CheckpointError(f"The experts' process of rank {rank} could not start: {why.strip()}")
+                raise CheckpointError(f"The model's process of rank {rank} could not start: {why.strip()}")
         try:
-            self._control, data = meet(Path(self._meeting.name), 0, world, self._backend)
-        except RuntimeError as error:
+            self.wire = Wire(meet(Path(self._meeting.name), 0, world, self._backend), self._backend, self._home)
+            self.wire.open()
+        except (RuntimeError, ConnectionLost) as error:
             raise self.failed(error) from error
-        self._wire = Wire(data, self._backend, self._home, self._any_gone)
 
-    def _any_gone(self) -> bool:
-        return any(worker.process.poll() is not None for worker in self._workers)
+    def _notice(self, worker: Worker) -> None:
+        """In the thread that listened to a worker which has ended."""
+        if worker in self._workers:
+            self._gone.put(worker)
+            if self.wire is not None:
+                self.wire.lose()
+
+
+def backend_for(devices: Sequence[torch.device]) -> str:
+    """NCCL wants a card for each rank."""
+    cards = {(device.type, device.index or 0) for device in devices}
+    apart = len(cards) == len(devices) and all(kind == "cuda" for kind, _ in cards)
+    return "nccl" if apart and dist.is_nccl_available() else "gloo"
 
 
 class ConnectionLost(Exception):
     """A rank is gone, and which is for its own words to tell."""
 
 
-def awaited(work: Any) -> None:
-    """Waits for what a group was asked to do. Raises ConnectionLost."""
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise ConnectionLost(str(error).splitlines()[0]) from error
-
-
 class Group(Protocol):
     """What ranks talk in; each call returns something to wait for."""
 
-    def broadcast(self, tensor: Tensor, root: int) -> Any: ...
+    def allreduce(self, tensors: list[Tensor], options: Any) -> Any: ...
 
-    def reduce(self, tensor: Tensor, root: int) -> Any: ...
+    def broadcast(self, tensor: Tensor, root: int) -> Any: ...
 
     def abort(self) -> None: ...
 
 
 class Wire:
-    """What the tokens of a step go over, from and to rank 0."""
+    """What sums go over. Satisfies model_host.models.deepseek_v2.Together.
 
-    def __init__(self, group: Group, backend: str, device: torch.device, gone: Callable[[], bool]) -> None:
-        """`device` is this rank's; `gone` says whether a rank that this one waits for has ended."""
-        self._group, self._gone = group, gone
-        self._notices = backend == "gloo"
-        self._device = torch.device("cpu") if backend == "gloo" else device
+    gloo notices that a rank has gone, and raises. NCCL does not: what was launched waits on the device, and whoever waits for the device
+    with it. So whoever notices calls `lose`, from a thread of its own: the sums end, with any numbers, and `check` raises. What was
+    captured may not be launched from then on, for the memory that it uses is gone.
+    """
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """What rank 0 gives, which the others have memory for."""
-        tensor = tensor.to(self._device)
-        self._await(self._group.broadcast(tensor, 0))
-        return tensor
+    def __init__(self, group: Group, backend: str, device: torch.device) -> None:
+        """`device` is this rank's."""
+        self._group, self._device, self._notices = group, device, backend == "gloo"
+        self._launching = threading.Lock()
+        self.is_lost = False
+        self._sum = c10d.AllreduceOptions()
+        self._sum.asyncOp = self._notices  # on a GPU in the stream of what comes before and after
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """On rank 0 the sum of what all give."""
-        tensor = tensor.to(self._device)
-        self._await(self._group.reduce(tensor, 0))
-        return tensor
+    def open(self) -> None:
+        """The first sum, for which the ranks connect. Raises ConnectionLost."""
+        self.summed(torch.zeros(1, device=self._device))
+        self.wait()
 
-    def _await(self, work: Any) -> None:
-        """gloo notices that a rank has gone. NCCL does not, and its waiting only queues: there this rank looks itself, and frees its
-        stream of what would never end."""
-        while not self._notices and not work.is_completed():
-            if self._gone():
-                self._group.abort()
-                raise ConnectionLost("a process has ended")
-        awaited(work)
+    def summed(self, part: Tensor) -> Tensor:
+        """Raises ConnectionLost."""
+        if not self._notices:
+            self._do(lambda: self._group.allreduce([part], self._sum))
+            return part
+        message = part.to("cpu", torch.float32)
+        self._do(lambda: self._group.allreduce([message], self._sum))
+        return message.to(part.device, part.dtype)
+
+    def give(self, tensor: Tensor) -> Tensor:
+        """What rank 0 gives, which the others have memory for. Raises ConnectionLost."""
+        message = tensor.to("cpu") if self._notices else tensor.contiguous()
+        self._do(lambda: self._group.broadcast(message, 0))
+        return message.to(tensor.device)
+
+    def launch(self, run: Callable[[], None]) -> None:
+        """Raises ConnectionLost."""
+        with self._launching:
+            self._check()
+            run()
+
+    def wait(self) -> None:
+        """Until this rank's device has done all it was given. Raises ConnectionLost."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self.check()
+
+    def check(self) -> None:
+        """Raises ConnectionLost if a rank is."""
+        with self._launching:
+            self._check()
+
+    def lose(self) -> None:
+        """Ends the connection; from any thread. Returns once captured graphs are gone too."""
+        has_lock = self._launching.acquire(timeout=LAUNCH_S)
+        was_lost, self.is_lost = self.is_lost, True
+        if has_lock:
+            self._launching.release()
+        if not was_lost and not self._notices:
+            self._group.abort()
+
+    def _check(self) -> None:
+        if self.is_lost:
+            raise ConnectionLost("a process has ended")
+
+    def _do(self, begin: Callable[[], Any]) -> None:
+        try:
+            with self._launching:
+                self._check()
+                work = begin()
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise ConnectionLost(str(error).splitlines()[0]) from error
 
 
-def meet(folder: Path, rank: int, world: int, backend: str) -> tuple[Group, Group]:
-    """The groups of all ranks: one that says how many tokens the next step has, one for the tokens."""
-    control = _gloo(folder / "control", rank, world)
-    if backend == "gloo":
-        return control, control
-    nccl: Any = c10d.ProcessGroupNCCL
-    data: Group = nccl(c10d.FileStore(str(folder / "data"), world), rank, world, nccl.Options())
-    return control, data
-
-
-def _gloo(file: Path, rank: int, world: int) -> Group:
-    gloo: Any = c10d.ProcessGroupGloo
-    store = c10d.FileStore(str(file), world)
+def meet(folder: Path, rank: int, world: int, backend: str) -> Group:
+    """The group of all ranks."""
+    store = c10d.FileStore(str(folder / backend), world)
     store.set_timeout(MEETING)
+    if backend == "nccl":
+        for name, value in OF_NCCL.items():
+            os.environ.setdefault(name, value)
+        nccl: Any = c10d.ProcessGroupNCCL
+        cards: Group = nccl(store, rank, world, nccl.Options())
+        return cards
+    gloo: Any = c10d.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
     options._timeout = FOREVER

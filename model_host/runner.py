@@ -16,6 +16,7 @@ from model_host.batch import Copy, Shift, Step
 from model_host.catalogue import Entry, Precision
 from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
+from model_host.devices import Share
 from model_host.errors import CheckpointError, EngineError
 from model_host.generation import Progress
 from model_host.holders import LayeredModel, load_spread, stepping
@@ -24,7 +25,7 @@ from model_host.machine import real_devices
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeModel
 from model_host.pages import PAGE_TOKENS, pages_for
-from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, Share, in_words, plan
+from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, in_words, plan
 from model_host.quantized import FEWER_BITS
 from model_host.tiers import Latents
 
@@ -46,6 +47,10 @@ class StepModel(Protocol):
     weight_bytes: int
     latent_dtype: torch.dtype
 
+    def pool(self, pages: int) -> LatentPool:
+        """Memory for the latents of so many pages, on whichever devices need them."""
+        ...
+
     def prepare(self, latents: LatentPool) -> None:
         """Measures and compiles what depends on this machine, before the first step; spoils what is in the pool."""
         ...
@@ -61,10 +66,7 @@ class Runner:
         page_bytes = LatentPool.page_bytes(model.config, model.latent_dtype)
         self.pages = max(cache_bytes // page_bytes, pages_for(LEAST_TOKENS))
         self.cache_bytes = self.pages * page_bytes
-        if isinstance(model, LayeredModel):
-            self._latents: LatentPool = model.pool(self.pages)
-        else:
-            self._latents = LatentPool(model.config, self.pages, model.latent_dtype, model.device)
+        self._latents = model.pool(self.pages)
         model.prepare(self._latents)
 
     def run(self, step: Step) -> Tensor:

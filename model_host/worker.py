@@ -1,11 +1,12 @@
-"""One worker process of `ranks`: reads its experts, then computes them for every layer of every step until it is ended.
+"""One rank of `ranks`: reads its portion of a model, then does what rank 0 does, step by step, until it is ended.
 
-Run as `python -m model_host.worker`, with its orders as a line of JSON on stdin. What it says goes to stdout, a line of JSON each: shares
-of loading, {"weight_bytes": ...} once it is ready, {"failure": ...} with the traceback when it fails. It ends when stdin does.
+Run as `python -m model_host.worker`. On stdin come its orders, then commands, a line each. What it says goes to stdout, a line of JSON
+each: shares of loading, {"weight_bytes": ...} once it is ready, {"failure": ...} with the traceback when it fails. It ends when stdin does.
 """
 
 import json
 import os
+import queue
 import sys
 import threading
 import traceback
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 
+from model_host.batch import Copy, Shift, Step
 from model_host.config import ModelConfig
-from model_host.experts import Held
-from model_host.holders import load_experts
-from model_host.ranks import LOST, ConnectionLost, Orders, Post, Wire, awaited, meet
+from model_host.holders import SpreadModel, load_rank
+from model_host.latents import LatentPool
+from model_host.orders import Begin, Command, Fill, Orders, read
+from model_host.ranks import LOST, ConnectionLost, Wire, meet
 
 
 def main() -> None:
@@ -28,11 +31,10 @@ def main() -> None:
         wire.write(json.dumps(said) + "\n")
         wire.flush()
 
-    first = json.loads(sys.stdin.readline())
-    orders = Orders(**first | {"post": Post(**first["post"])})
-    threading.Thread(target=end_with_stdin, daemon=True).start()
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(lines,), daemon=True).start()
     try:
-        work(orders, say)
+        work(Orders.read(lines.get()), lines, say)
     except ConnectionLost:
         os._exit(LOST)
     except BaseException:
@@ -40,47 +42,56 @@ def main() -> None:
         os._exit(1)  # groups wait for each other when they are taken down
 
 
-def end_with_stdin() -> None:
-    sys.stdin.read()
+def listen(lines: queue.SimpleQueue[str]) -> None:
+    """In a thread of its own: a rank may wait for others when stdin ends."""
+    for line in sys.stdin:
+        lines.put(line)
     os._exit(0)
 
 
-def work(orders: Orders, say: Any) -> None:
-    config = ModelConfig.read(Path(orders.folder))
+def work(orders: Orders, lines: queue.SimpleQueue[str], say: Any) -> None:
     device = torch.device(orders.post.device)
     if orders.threads:
         torch.set_num_threads(orders.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    held = load_experts(
+    model = load_rank(
         Path(orders.folder),
-        config,
-        range(orders.post.first, orders.post.stop),
+        ModelConfig.read(Path(orders.folder)),
+        orders.post,
         precision=orders.precision,
         dtype=getattr(torch, orders.dtype),
-        device=device,
         threads=orders.threads,
         kernels=orders.kernels,
+        captures=orders.captures,
         progress=lambda what, share: say(share=share),
     )
-    say(weight_bytes=held.weight_bytes)
-    control, data = meet(Path(orders.meeting), orders.rank, orders.world, orders.backend)
-    wire = Wire(data, orders.backend, device, lambda: False)  # when rank 0 goes, so does stdin, and this process
-    tokens = torch.zeros(1, dtype=torch.long)
+    say(weight_bytes=model.weight_bytes)
+    wire = Wire(meet(Path(orders.meeting), orders.rank, orders.world, orders.backend), orders.backend, device)
+    wire.open()
+    model.work_with(wire)
+    latents: LatentPool | None = None
     while True:
-        awaited(control.broadcast(tokens, 0))
-        step(held, config, int(tokens), wire)
+        latents = follow(read(lines.get()), model, latents, wire)
 
 
-@torch.inference_mode()
-def step(held: Held, config: ModelConfig, tokens: int, wire: Wire) -> None:
-    """Computes this rank's experts of every layer, as the layers' tokens come."""
-    hidden, chosen = config.hidden_size, config.num_experts_per_tok or 0
-    message = torch.empty(tokens, hidden + 2 * chosen)  # [T, D+2K]
-    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
-        message = wire.broadcast(message)
-        x, weights, experts = message.split((hidden, chosen, chosen), dim=-1)
-        wire.reduce(held.partial(layer, x, weights, experts.long()))
+def follow(command: Command, model: SpreadModel, latents: LatentPool | None, wire: Wire) -> LatentPool:
+    """Does what rank 0 does; returns the latents there are from then on."""
+    if isinstance(command, Begin):
+        latents = model.pool(command.pages)
+        model.prepare(latents)
+        return latents
+    assert latents is not None, f"{command} before there are latents"
+    match command:
+        case Step():
+            model.forward(command, latents)
+        case Copy():
+            latents.copy(command.source, command.target, command.tokens)
+        case Shift():
+            latents.shift(command)
+        case Fill():
+            latents.put_in(list(command.pages), *(wire.give(part) for part in latents.of_pages(list(command.pages))))
+    return latents
 
 
 if __name__ == "__main__":

@@ -1,19 +1,27 @@
 """The engine on a GPU, where there is one: it says what it says on a CPU, and its caches keep their promises there too."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from model_host import runner
+from model_host import ranks, runner
 from model_host.checkpoints import STARTER
+from model_host.config import Portion
+from model_host.devices import Device, Share
 from model_host.engine import LocalEngine, load_engine
+from model_host.errors import RankLost
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.gpu.model import GpuModel
-from model_host.holders import LayeredModel, SpreadModel
-from model_host.placement import Device, Share
+from model_host.holders import LayeredModel, RankedModel, SpreadModel
 from model_host.runner import Form, load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -129,3 +137,122 @@ def test_fewer_bits_on_one_gpu_run_in_captured_graphs(dtype: str):
     model = load(STARTER, device="cuda", dtype=dtype, threads=0, kernels="auto", progress=lambda what, share: None)
     assert isinstance(model, SpreadModel) and isinstance(model._stepping, GpuModel)
     assert model.precision == dtype
+
+
+@pytest.fixture
+def ranked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalEngine]]:
+    """Engines of the starter with a portion on each of several ranks, which all are on one card. NCCL refuses that, unless the ranks say
+    that they are of different hosts; then they take turns on the card and speak through sockets."""
+    others = count(1)
+    start = subprocess.Popen
+
+    def elsewhere(*arguments: Any, **more: Any) -> subprocess.Popen[str]:
+        return start(*arguments, env=os.environ | {"NCCL_HOSTID": f"host {next(others)}"}, **more)
+
+    engines: list[LocalEngine] = []
+
+    def engine(
+        *portions: tuple[range, range, range, range], backend: str = "nccl", on_cpu: range = range(0), dtype: str = "float32"
+    ) -> LocalEngine:
+        """Of heads, experts, shared experts and the inner dimension of dense layers; the first is rank 0's."""
+        monkeypatch.setenv("NCCL_HOSTID", "host 0")
+        monkeypatch.setenv("NCCL_NET", "Socket")
+        monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+        monkeypatch.setattr(ranks, "backend_for", lambda devices: backend)
+        monkeypatch.setattr(ranks.subprocess, "Popen", elsewhere)
+        card = Device(name="cuda:0", kind="gpu", free_bytes=0, bytes_per_s=1.0)
+        shares = [
+            Share(
+                device=card,
+                layers=range(8),
+                experts=experts,
+                weight_bytes=0,
+                portion=Portion(heads=heads, shared=shared, inner=inner),
+            )
+            for heads, experts, shared, inner in portions
+        ]
+        if on_cpu:
+            shares.append(Share(device=replace(card, name="cpu", kind="cpu"), layers=range(0), experts=on_cpu, weight_bytes=0))
+        form = Form(torch.device("cuda:0"), dtype, "", tuple(shares))
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "choose", lambda *whatever, **more: form)
+            engines.append(on("cuda", dtype))
+        return engines[-1]
+
+    yield engine
+    for made in engines:
+        made.close()
+
+
+TWO = (range(5), range(20), range(1), range(640)), (range(5, 8), range(20, 32), range(1, 2), range(640, 1024))
+THREE = (
+    (range(3), range(12), range(1), range(512)),
+    (range(3, 6), range(12, 20), range(1, 2), range(512, 768)),
+    (range(6, 8), range(20, 32), range(2, 2), range(768, 1024)),
+)
+
+
+def of_ranks(engine: LocalEngine) -> RankedModel:
+    model = engine._runner.model
+    assert isinstance(model, RankedModel)
+    return model
+
+
+@pytest.mark.parametrize(("portions", "dtype"), [(TWO, "float32"), (THREE, "float32"), (TWO, "int8")], ids=["two", "three", "two in int8"])
+async def test_ranks_that_sum_in_captured_graphs_say_what_the_whole_model_says(
+    ranked: Callable[..., LocalEngine], portions: Any, dtype: str
+):
+    whole, apart = on("cuda", dtype), ranked(*portions, dtype=dtype)
+    few = len(portions) == 3  # which take long turns
+    requests = [hole(text(methods=n), middle, 8) for n in ((3,) if few else (1, 40)) for middle in ("", "    def step_41(self, ")]
+    requests += [replace(hole(text().replace("value * 7\n", "value * 7 + 1\n"), tokens=8), reuse=Reuse.SHIFTED)]
+    try:
+        stepping = of_ranks(apart).own._stepping
+        assert isinstance(stepping, GpuModel) and len(stepping._graphs) == 5, "captured"
+        for request in requests:
+            (said, cost), (wanted, _) = await ask(apart, request), await ask(whole, request)
+            assert said == wanted
+        assert few or cost.shifted_tokens > 5 * cost.computed_tokens
+    finally:
+        whole.close()
+
+
+@pytest.mark.parametrize("on_cpu", [range(0), range(28, 32)], ids=["", "experts in the CPU's memory"])
+async def test_ranks_without_graphs_say_what_the_whole_model_says(ranked: Callable[..., LocalEngine], on_cpu: range):
+    """By gloo, as where cards are not NCCL's; by NCCL, where rank 0 waits for what the CPU computes."""
+    (heads, experts, shared, inner), (others, _, *rest) = TWO
+    rest_of = range(20, on_cpu.start) if on_cpu else range(20, 32)
+    apart = ranked((heads, experts, shared, inner), (others, rest_of, *rest), backend="nccl" if on_cpu else "gloo", on_cpu=on_cpu)
+    whole = on("cuda")
+    try:
+        assert not isinstance(of_ranks(apart).own._stepping, GpuModel)
+        for request in (hole(text(methods=3), tokens=6), hole(text(methods=3), "    def step_41(self, ", 6)):
+            assert (await ask(apart, request))[0] == (await ask(whole, request))[0]
+    finally:
+        whole.close()
+
+
+@pytest.mark.parametrize("when", ["in a step", "between steps"])
+async def test_a_rank_that_dies_is_told_within_seconds_and_its_cache_is_as_it_was(ranked: Callable[..., LocalEngine], when: str):
+    whole, engine = on("cuda"), ranked(*TWO)
+    request = hole(text(), tokens=400)
+    try:
+        await ask(engine, hole(text(), tokens=2))
+        process = of_ranks(engine)._ranks._workers[0].process
+        if when == "between steps":
+            process.kill()
+            process.wait()
+        generation = engine.submit(request)
+        if when == "in a step":
+            async for _ in generation:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        killed = time.monotonic()
+        with pytest.raises(RankLost, match=r"process of rank 1 on cuda:0 failed: it was ended by signal 9"):
+            await generation.finished()
+        assert time.monotonic() - killed < 8
+        said, cost = await ask(engine, replace(request, max_new_tokens=8))
+        assert said == (await ask(whole, replace(request, max_new_tokens=8)))[0]
+        assert cost.computed_tokens < 20
+    finally:
+        whole.close()

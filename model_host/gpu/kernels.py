@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model_host.gpu import packed
 from model_host.gpu.plain import Matrix
-from model_host.gpu.tiles import DEFAULT, MAX_ROWS, TILE, Tile, Tuning, depth_of, padded, takers
+from model_host.gpu.tiles import DEFAULT, MAX_ROWS, TILE, Tile, Tuning, depth_of, of_here, padded, parts_for, takers
 from model_host.pages import PAGE_TOKENS
 from model_host.quantized import Packed
 
@@ -324,11 +324,12 @@ def _choose(
 
 
 def experts(
-    x: Tensor, ids: Tensor, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None, tuning: Tuning = DEFAULT
-) -> Tensor:
+    x: Tensor, ids: Tensor, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None, tuning: Tuning = DEFAULT,
+    first: int | None = None,
+) -> Tensor:  # fmt: skip
     """The shared experts are computed by the same programs, as experts that every row has chosen. Parts are float32."""
     if isinstance(gate_up, Packed):
-        return packed.experts(x, ids, gate_up, down, shared, tuning)
+        return packed.experts(x, ids, gate_up, down, shared, tuning, first)
     assert isinstance(down, Tensor)
     rows, size = x.shape
     number, inner_size, chosen = len(gate_up), down.shape[-1], ids.shape[-1]
@@ -336,8 +337,8 @@ def experts(
     assert isinstance(back, Tensor)
     always = back.shape[-1] // inner_size if shared else 0
     inner = x.new_empty(rows, chosen + always, inner_size)
-    parts = torch.empty(rows, chosen + always, size, dtype=torch.float32, device=x.device)
-    sizes = {"D": size, "I": inner_size, "K": chosen, "S": always}
+    parts = parts_for(x, chosen + always, first)
+    sizes = {"D": size, "I": inner_size, "K": chosen, "S": always, "FIRST": first or 0, "E": number}
     if rows <= tuning.few_rows:
         tile = tuning.few_up
         grid = (rows * (chosen + always), triton.cdiv(inner_size, tile.rows))
@@ -348,7 +349,7 @@ def experts(
         blocks = {"ROWS": tile.rows, "DEPTH": depth_of(tile, inner_size), "num_warps": tile.warps}
         _few_down[grid](inner, ids, down, back, parts, **sizes, **blocks)
         return parts
-    sizes |= {"E": number, "BLOCK_K": triton.next_power_of_2(chosen)}
+    sizes |= {"BLOCK_K": triton.next_power_of_2(chosen)}
     tile = tuning.many_up
     blocks = {"ROWS": tile.rows, "DEPTH": depth_of(tile, size), "num_warps": tile.warps, "num_stages": tile.stages}
     _many_up[triton.cdiv(inner_size, tile.rows), number + always](x, ids, gate_up, gate, up, inner, rows, **sizes, **blocks)
@@ -361,24 +362,27 @@ def experts(
 @triton.jit
 def _few_up(
     x, ids, gate_up, shared_gate, shared_up, inner,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program for each choice and part of I; a row's choices come one after the other, the shared experts last."""
     choice = tl.program_id(0)
     row, m = choice // (K + S), choice % (K + S)
+    expert, is_here = of_here(ids, row, m, FIRST, E, K)
     if m < K:
-        gate = gate_up + tl.load(ids + row * K + m).to(tl.int64) * (2 * I * D)
+        gate = gate_up + expert * (2 * I * D)
         up = gate + I * D
     else:
         gate = shared_gate + (m - K).to(tl.int64) * (I * D)
         up = shared_up + (m - K).to(tl.int64) * (I * D)
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    taken = (i < I) & is_here
     gates = tl.zeros((ROWS, DEPTH), tl.float32)
     ups = tl.zeros((ROWS, DEPTH), tl.float32)
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
         some = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        at, live = i[:, None] * D + d[None, :], (i < I)[:, None] & (d < D)[None, :]
+        at, live = i[:, None] * D + d[None, :], taken[:, None] & (d < D)[None, :]
         gates += tl.load(gate + at, mask=live, other=0.0).to(tl.float32) * some
         ups += tl.load(up + at, mask=live, other=0.0).to(tl.float32) * some
     total = tl.sum(gates, axis=1)
@@ -389,12 +393,14 @@ def _few_up(
 @triton.jit
 def _few_down(
     inner, ids, down, shared_down, parts,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     choice = tl.program_id(0)
     row, m = choice // (K + S), choice % (K + S)
+    expert, is_here = of_here(ids, row, m, FIRST, E, K)
     if m < K:
-        matrix = down + tl.load(ids + row * K + m).to(tl.int64) * (D * I)
+        matrix = down + expert * (D * I)
     else:
         matrix = shared_down + (m - K).to(tl.int64) * I
     stride = tl.where(m < K, I, S * I)
@@ -403,7 +409,7 @@ def _few_down(
     for start in range(0, I, DEPTH):
         i = start + tl.arange(0, DEPTH)
         some = tl.load(inner + choice * I + i, mask=i < I, other=0.0).to(tl.float32)[None, :]
-        live = (d < D)[:, None] & (i < I)[None, :]
+        live = ((d < D) & is_here)[:, None] & (i < I)[None, :]
         total += tl.load(matrix + d[:, None] * stride + i[None, :], mask=live, other=0.0).to(tl.float32) * some
     tl.store(parts + choice * D + d, tl.sum(total, axis=1), mask=d < D)
 
@@ -411,13 +417,13 @@ def _few_down(
 @triton.jit(do_not_specialize=["rows"])
 def _many_up(
     x, ids, gate_up, shared_gate, shared_up, inner, rows,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program for each expert and part of I; it computes all rows, a tile of which costs what one row costs, and stores those
     that have chosen the expert."""
     expert = tl.program_id(1)
-    takes, which = takers(ids, expert, rows, E, K, BLOCK_K)
+    takes, which = takers(ids, expert, rows, FIRST, E, K, BLOCK_K)
     if tl.max(takes, axis=0) > 0:
         if expert < E:
             gate = gate_up + expert.to(tl.int64) * (2 * I * D)
@@ -442,11 +448,11 @@ def _many_up(
 @triton.jit(do_not_specialize=["rows"])
 def _many_down(
     inner, ids, down, shared_down, parts, rows,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
-    takes, which = takers(ids, expert, rows, E, K, BLOCK_K)
+    takes, which = takers(ids, expert, rows, FIRST, E, K, BLOCK_K)
     if tl.max(takes, axis=0) > 0:
         if expert < E:
             matrix = down + expert.to(tl.int64) * (D * I)

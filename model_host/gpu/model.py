@@ -128,20 +128,32 @@ class GpuModel:
             if count not in self._graphs:
                 self._graphs[count] = self._capture(count, rows, latents)
             graph, out = self._graphs[count]
-            graph.replay()
+            if self.model.together is None:
+                graph.replay()
+            else:
+                self.model.together.launch(graph.replay)
         else:
             out = self._run(count, rows, latents)
         if not self.model.ends:
             return out[: len(step.ids)].clone()
         return out[: len(step.wanted)].to(torch.float32, copy=True)  # the next replay overwrites them
 
+    def pool(self, pages: int) -> LatentPool:
+        return LatentPool(self.config, pages, self.latent_dtype, self.device)
+
     @torch.inference_mode()
     def prepare(self, latents: LatentPool) -> None:
         """Captures the graphs of all sizes, for a pool that holds nothing yet: its first page is written. Without this, each graph
         is captured when it is first needed, which takes a second or more."""
+        self.forget()
         for size in GRAPH_ROWS:
             if self.device.type == "cuda" and size not in self._graphs:
                 self._graphs[size] = self._capture(size, self._bound(latents), latents)
+
+    def forget(self) -> None:
+        """Lets go of the graphs, and of the step in the buffers that they read."""
+        self._graphs.clear()
+        self._rows = None
 
     def _bound(self, latents: LatentPool) -> Rows:
         """The buffers for this pool; graphs hold the addresses of the pool they were captured with."""
@@ -163,14 +175,14 @@ class GpuModel:
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((known.pool() for known, _ in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may speak to the device
             out = self._run(count, rows, latents)
         return graph, out
 
     def _run(self, count: int, rows: Rows, latents: LatentPool) -> Tensor:
         """The forward pass of the first `count` rows, in the model's type: logits [count, vocab], or what the next layers take
         [count, D]."""
-        model, do = self.model, self._do
+        model, do, together = self.model, self._do, self.model.together
         positions = rows.positions[:count]
         rotation = torch.view_as_real(model.rotation(positions))  # [T, P/2, 2]
         contexts = positions + 1
@@ -180,9 +192,13 @@ class GpuModel:
         following = [*norms[1:], model.norm if model.ends else norms[-1]]  # what does not end the model has no use for its last one
         for layer, block in enumerate(model.blocks()):
             attended = self._attention(block.self_attn, layer, normed, rotation, contexts, rows, latents)
+            if together is not None:
+                attended = together.summed(attended)
             norm = block.post_attention_layernorm
             x, normed = do.add_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps)
             parts, shares = self._mlp(block, normed)
+            if together is not None:
+                parts, shares = together.summed(weighed(parts, shares)).unsqueeze(1), None
             x, normed = do.add_norm(x, parts, shares, following[layer].weight, following[layer].eps)
         return do.linear(normed[rows.wanted[:count]], model.lm_head.weight) if model.ends else x
 
@@ -212,8 +228,10 @@ class GpuModel:
         assert isinstance(mlp, MoE)
         gate_up: Tensor | Packed
         down: Tensor | Packed
+        first = None
         if isinstance(mlp.experts, SpreadLayer):
-            gate_up, down = (stack.matrices for stack in mlp.experts.stacks)
+            *stacks, first = mlp.experts.stacks
+            gate_up, down = (stack.matrices for stack in stacks)
         else:
             gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
         seen_by_all, shared = 0, None
@@ -223,7 +241,12 @@ class GpuModel:
             seen_by_all = 1 if isinstance(down, Packed) else every.down_proj.in_features // down.shape[-1]
         gate = mlp.gate
         shares, ids = do.route(x, gate.weight, gate.top_k, gate.scaling, seen_by_all, gate.groups, gate.top_groups)
-        return do.experts(x, ids, gate_up, down, shared), shares
+        return do.experts(x, ids, gate_up, down, shared, first=None if self.model.together is None else first), shares
+
+
+def weighed(parts: Tensor, shares: Tensor | None) -> Tensor:
+    """The sum of parts [T, M, D], each times its share [T, M] where given -> [T, D]"""
+    return parts.sum(dim=1) if shares is None else torch.bmm(shares.unsqueeze(1), parts.to(shares.dtype)).squeeze(1)
 
 
 def matrix(layer: nn.Module) -> Tensor | Packed:

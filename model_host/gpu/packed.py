@@ -5,14 +5,13 @@ multiplied one by one by plain threads, more by tensor cores, all together. Scal
 whole numbers and exact in any type.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from model_host.footprint import GROUP_COLUMNS
 from model_host.gpu.plain import Matrix
-from model_host.gpu.tiles import TILE, Tile, Tuning, depth_of, takers
-from model_host.placement import GROUP_COLUMNS
+from model_host.gpu.tiles import TILE, Tile, Tuning, depth_of, of_here, parts_for, takers
 from model_host.quantized import Packed
 
 GROUP: tl.constexpr = tl.constexpr(GROUP_COLUMNS)
@@ -34,7 +33,10 @@ def linear(x: Tensor, weight: Packed, tuning: Tuning) -> Tensor:
     return out
 
 
-def experts(x: Tensor, ids: Tensor, gate_up: Packed, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None, tuning: Tuning) -> Tensor:
+def experts(
+    x: Tensor, ids: Tensor, gate_up: Packed, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None, tuning: Tuning,
+    first: int | None,
+) -> Tensor:  # fmt: skip
     """Parts are float32. The up projections of the shared experts are computed by the same programs, as experts that every row has
     chosen; their down projection as that of one more, which is as wide as they are together."""
     assert isinstance(down, Packed)
@@ -45,10 +47,10 @@ def experts(x: Tensor, ids: Tensor, gate_up: Packed, down: Matrix, shared: tuple
     always = back.columns // inner_size if shared else 0
     one_more = 1 if shared else 0
     inner = x.new_empty(rows, chosen + always, inner_size)
-    parts = torch.empty(rows, chosen + one_more, size, dtype=torch.float32, device=x.device)
+    parts = parts_for(x, chosen + one_more, first)
     is_few = rows <= tuning.packed_rows
     tile = _tile(tuning, bits, is_few=is_few)
-    sizes = {"D": size, "I": inner_size, "K": chosen, "S": always, "BITS": bits}
+    sizes = {"D": size, "I": inner_size, "K": chosen, "S": always, "FIRST": first or 0, "E": number, "BITS": bits}
     ups = (gate_up.codes, gate_up.scales, gate.codes, gate.scales, up.codes, up.scales)
     downs = (down.codes, down.scales, back.codes, back.scales)
     up_parts, down_parts = triton.cdiv(inner_size, tile.rows), triton.cdiv(size, tile.rows)
@@ -56,7 +58,7 @@ def experts(x: Tensor, ids: Tensor, gate_up: Packed, down: Matrix, shared: tuple
         _few_up[(rows * (chosen + always), up_parts)](x, ids, *ups, inner, **sizes, **_blocks(tile, gate_up))
         _few_down[(rows * (chosen + one_more), down_parts)](inner, ids, *downs, parts, **sizes, **_blocks(tile, down))
         return parts
-    sizes |= {"E": number, "BLOCK_K": triton.next_power_of_2(chosen)}
+    sizes |= {"BLOCK_K": triton.next_power_of_2(chosen)}
     _many_up[(up_parts, number + always)](x, ids, *ups, inner, rows, **sizes, **_blocks(tile, gate_up))
     _many_down[(down_parts, number + one_more)](inner, ids, *downs, parts, rows, **sizes, **_blocks(tile, down))
     return parts
@@ -183,13 +185,16 @@ def _many_linear(
 @triton.jit
 def _few_up(
     x, ids, codes, scales, gate_codes, gate_scales, up_codes, up_scales, inner,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program for each choice and part of I, as in `kernels`."""
     choice, i = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row, m, live = choice // (K + S), choice % (K + S), i < I
+    row, m = choice // (K + S), choice % (K + S)
+    expert, is_here = of_here(ids, row, m, FIRST, E, K)
+    live = (i < I) & is_here
     if m < K:
-        first = tl.load(ids + row * K + m).to(tl.int64) * (2 * I)
+        first = expert * (2 * I)
         c, s = codes + first * _code_bytes(D, BITS), scales + first * _scale_count(D, BITS)
         gates = _times_one(c, s, i, live, x + row * D, D, BITS, ROWS, DEPTH)
         c, s = c + I * _code_bytes(D, BITS), s + I * _scale_count(D, BITS)
@@ -201,36 +206,39 @@ def _few_up(
         c, s = up_codes + first * _code_bytes(D, BITS), up_scales + first * _scale_count(D, BITS)
         ups = _times_one(c, s, i, live, x + row * D, D, BITS, ROWS, DEPTH)
     out = gates * tl.sigmoid(gates) * ups
-    tl.store(inner + choice * I + i, out.to(inner.dtype.element_ty), mask=live)
+    tl.store(inner + choice * I + i, out.to(inner.dtype.element_ty), mask=i < I)
 
 
 @triton.jit
 def _few_down(
     inner, ids, codes, scales, shared_codes, shared_scales, parts,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = K + (1 if S > 0 else 0)
     choice, d = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row, m, live = choice // M, choice % M, d < D
+    row, m = choice // M, choice % M
+    expert, is_here = of_here(ids, row, m, FIRST, E, K)
+    live = (d < D) & is_here
     x = inner + (row * (K + S) + m) * I
     if m < K:
-        first = tl.load(ids + row * K + m).to(tl.int64) * D
+        first = expert * D
         c, s = codes + first * _code_bytes(I, BITS), scales + first * _scale_count(I, BITS)
         total = _times_one(c, s, d, live, x, I, BITS, ROWS, DEPTH)
     else:
         total = _times_one(shared_codes, shared_scales, d, live, x, S * I, BITS, ROWS, DEPTH)
-    tl.store(parts + choice * D + d, total, mask=live)
+    tl.store(parts + choice * D + d, total, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _many_up(
     x, ids, codes, scales, gate_codes, gate_scales, up_codes, up_scales, inner, rows,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program for each expert and part of I, as in `kernels`."""
     expert = tl.program_id(1)
-    takes, which = takers(ids, expert, rows, E, K, BLOCK_K)
+    takes, which = takers(ids, expert, rows, FIRST, E, K, BLOCK_K)
     if tl.max(takes, axis=0) > 0:
         t, i = tl.arange(0, TILE), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         live, taken = i < I, takes > 0
@@ -254,12 +262,12 @@ def _many_up(
 @triton.jit(do_not_specialize=["rows"])
 def _many_down(
     inner, ids, codes, scales, shared_codes, shared_scales, parts, rows,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = K + (1 if S > 0 else 0)
     expert = tl.program_id(1)
-    takes, which = takers(ids, expert, rows, E, K, BLOCK_K)
+    takes, which = takers(ids, expert, rows, FIRST, E, K, BLOCK_K)
     if tl.max(takes, axis=0) > 0:
         t, d = tl.arange(0, TILE), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         live, taken = d < D, takes > 0

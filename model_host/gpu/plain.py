@@ -76,21 +76,27 @@ def route(
     return F.pad(shares * scaling, (0, always), value=1.0), experts.int()
 
 
-def experts(x: Tensor, ids: Tensor, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None) -> Tensor:
+def experts(
+    x: Tensor, ids: Tensor, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None, first: int | None = None
+) -> Tensor:
     """What each chosen expert makes of x [T, D], not yet weighed: [T, M, D]. ids [T, K] choose among gate_up [E, 2I, D] and
     down [E, D, I]; `shared` are the gate [S*I, D], up [S*I, D] and down [D, S*I] of the S experts that every token sees.
-    Where all of them are packed, these S are one part: a group of columns of their down projection may belong to two of them."""
+    Where all of them are packed, these S are one part: a group of columns of their down projection may belong to two of them.
+    Where `first` is given, only the experts from it on are here; what others would make is 0."""
     if isinstance(gate_up, Packed):
         assert isinstance(down, Packed)
-        routed = experts(x, ids, gate_up.unpacked(x.dtype), down.unpacked(x.dtype), None)
+        routed = experts(x, ids, gate_up.unpacked(x.dtype), down.unpacked(x.dtype), None, first)
         if shared is None:
             return routed
         gate_of_all, up_of_all, down_of_all = shared
         inner = F.silu(linear(x, gate_of_all)) * linear(x, up_of_all)
         return torch.cat((routed, linear(inner, down_of_all).unsqueeze(1)), dim=1)
     assert isinstance(down, Tensor)
+    ids = ids - (first or 0)
+    is_here = (ids >= 0) & (ids < len(down))
+    ids = ids.where(is_here, 0)
     gate, up = (gate_up[ids] @ x[:, None, :, None]).squeeze(-1).chunk(2, dim=-1)  # [T, K, I] each
-    parts = (down[ids] @ (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)  # [T, K, D]
+    parts = (down[ids] @ (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1) * is_here.unsqueeze(-1)  # [T, K, D]
     if shared is None:
         return parts
     gate, up, back = (matrix for matrix in shared if isinstance(matrix, Tensor))

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MAX_ROWS = 16
 TILE: tl.constexpr = tl.constexpr(MAX_ROWS)
@@ -50,14 +52,28 @@ DEFAULT = Tuning()
 
 
 @triton.jit
-def takers(ids, expert, rows, E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which rows have chosen `expert`, [T] of 0 and 1, and as which of their choices, [T]."""
+def takers(ids, expert, rows, FIRST: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which rows have chosen `expert` of those from FIRST on, [T] of 0 and 1, and as which of their choices, [T]."""
     t, k = tl.arange(0, TILE), tl.arange(0, BLOCK_K)
     chosen = tl.load(ids + t[:, None] * K + k[None, :], mask=(t < rows)[:, None] & (k < K)[None, :], other=-1)
-    is_it = (chosen == expert).to(tl.int32)
+    is_it = (chosen == expert + FIRST).to(tl.int32)
     takes = tl.where(expert < E, tl.sum(is_it, axis=1), (t < rows).to(tl.int32))
     which = tl.where(expert < E, tl.sum(is_it * k[None, :], axis=1), K + expert - E)
     return takes, which
+
+
+@triton.jit
+def of_here(ids, row, m, FIRST: tl.constexpr, E: tl.constexpr, K: tl.constexpr):
+    """A row's choice m among the E experts from FIRST on, and whether it is one of them. Of the shared ones, which follow: 0 and that
+    it is."""
+    expert = tl.load(ids + row * K + m, mask=m < K, other=FIRST) - FIRST
+    return expert.to(tl.int64), (expert >= 0) & (expert < E)
+
+
+def parts_for(x: Tensor, count: int, first: int | None) -> Tensor:
+    """Memory for `count` parts of every row of x [T, D]; where experts are elsewhere, nobody writes theirs."""
+    empty = torch.empty if first is None else torch.zeros
+    return empty(len(x), count, x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def padded(size: int) -> int:

@@ -8,7 +8,8 @@ Letters in shapes: T new tokens, S tokens of context (S >= T), D hidden_size, H 
 and value head dims, E routed experts, K experts per token, I moe_intermediate_size. A leading batch may stand before T.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,18 @@ class MoE(nn.Module):
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 
+class Together(Protocol):
+    """Ranks, each of which computes some heads and some experts of every layer: the same steps at the same time."""
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of what all ranks give, on each of them; `part` may be overwritten."""
+        ...
+
+    def launch(self, run: Callable[[], None]) -> None:
+        """Runs what launches captured sums."""
+        ...
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -213,14 +226,19 @@ class Block(nn.Module):
         dense = layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, layer: int, latents: LatentPool, layout: Layout) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, layer, latents, layout)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, rotation: Tensor, layer: int, latents: LatentPool, layout: Layout, together: Together | None = None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rotation, layer, latents, layout)
+        x = x + (attended if together is None else together.summed(attended))
+        made = self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + (made if together is None else together.summed(made))
         return out
 
 
 class Model(nn.Module):
-    """The whole model, or some layers of one: only what `begins` it has the embeddings, only what `ends` it the output."""
+    """The whole model, some layers of one, or a portion of each: only what `begins` it has the embeddings, only what `ends` it the
+    output."""
 
     def __init__(self, config: ModelConfig, *, begins: bool = True, ends: bool = True) -> None:
         super().__init__()
@@ -234,6 +252,8 @@ class Model(nn.Module):
         if begins and ends and config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.frequencies: Tensor | None = None
+        self.together: Together | None = None
+        """Where this is a portion: those who have the others."""
 
     @property
     def device(self) -> torch.device:
@@ -261,7 +281,7 @@ class Model(nn.Module):
         rotation = self.rotation(layout.positions)
         x = self.embed_tokens(layout.ids) if x is None else x  # [T, D]
         for layer, block in enumerate(self.blocks()):
-            x = block(x, rotation, layer, latents, layout)
+            x = block(x, rotation, layer, latents, layout, self.together)
         if not self.ends:
             return x
         logits: Tensor = self.lm_head(self.norm(x[layout.wanted]))

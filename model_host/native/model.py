@@ -160,6 +160,9 @@ class NativeModel:
         """Weights with unit gain, so that routing and attention are not degenerate; for measuring."""
         return cls(config, random_weights(config, seed), dtype, threads, level)
 
+    def pool(self, pages: int) -> LatentPool:
+        return LatentPool(self.config, pages, self.latent_dtype, self.device)
+
     def prepare(self, latents: LatentPool) -> None:
         if self._has_choice:
             self._packed.use_threads(self._fastest(self.threads, latents))

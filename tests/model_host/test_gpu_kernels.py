@@ -198,6 +198,25 @@ def test_experts(kernels: ModuleType, rows: int, few_rows: int, shared: int, hid
     torch.testing.assert_close(kernels.experts(x, ids, gate_up, down, seen, tuning), wanted, atol=1e-2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("few_rows", [16, 0])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_experts_that_are_elsewhere_make_nothing_here(kernels: ModuleType, bits: Bits | None, few_rows: int):
+    hidden, inner, held = 64, 32, range(3, 8)
+    matrices = (lambda *shape, seed: packed(bits, *shape, seed=seed)) if bits else drawn
+    gate_up, down = matrices(len(held), 2 * inner, hidden, seed=1), matrices(len(held), hidden, inner, seed=2)
+    seen = matrices(inner, hidden, seed=3), matrices(inner, hidden, seed=4), matrices(hidden, inner, seed=5)
+    x, ids = drawn(3, hidden), torch.tensor([[0, 3, 8], [7, 2, 5], [1, 0, 8]], dtype=torch.int32, device=DEVICE)
+    tile = kernels.Tile(16, 64, 4, 2)
+    tuning = kernels.Tuning(
+        few_rows=few_rows, packed_rows=few_rows, few_up=tile, few_down=tile, many_up=tile, many_down=tile,
+        few8=tile, few4=tile, many8=tile, many4=tile,
+    )  # fmt: skip
+    made = kernels.experts(x, ids, gate_up, down, seen, tuning, first=held.start)
+    wanted = plain.experts(x, ids, gate_up, down, seen, first=held.start)
+    torch.testing.assert_close(made, wanted.float(), atol=1e-2, rtol=1e-4)
+    assert not made[:, :3][(ids < held.start) | (ids >= held.stop)].any() and made[0, 1].any() and made[2, 3].any()
+
+
 def packed(bits: Bits, *shape: int, seed: int) -> Packed:
     """Random matrices [..., rows, columns] in fewer bits."""
     codes, scales = pack(drawn(*shape, seed=seed).flatten(0, -2), bits)

@@ -5,10 +5,12 @@ from math import inf
 
 import pytest
 
-from model_host import placement
+from model_host import pace, placement
 from model_host.catalogue import CATALOGUE, LARGE, LITE, Entry, Precision
+from model_host.devices import Device, parse_devices
 from model_host.errors import RequestError
-from model_host.placement import Demand, Device, Impossible, Plan, groups, in_words, matrix_bytes, parse_devices, plan
+from model_host.footprint import groups, matrix_bytes
+from model_host.placement import Demand, Impossible, Plan, in_words, plan
 
 MACHINES = ("8GB", "16GB", "24GB", "2x24GB", "4x48GB", "8x80GB", "141GB", "cpu:16GB", "cpu:64GB", "cpu:256GB", "24GB+cpu:256GB")
 SMALL, BIG = (next(entry for entry in CATALOGUE if entry.shape is shape) for shape in (LITE, LARGE))
@@ -53,6 +55,9 @@ def test_every_release_is_planned_on_every_machine_or_the_nearest_plan_is_told(e
 def check(found: Plan) -> None:
     """Every layer and each of its experts lies in one place, nothing is over its device's memory, and the context that was asked for
     fits."""
+    if found.shares[0].portion is not None:
+        check_ranks(found)
+        return
     config = found.demand.entry.shape
     every_layer, experts = list(range(config.num_hidden_layers)), list(range(config.n_routed_experts or 0))
     assert [layer for share in found.shares for layer in share.layers] == every_layer
@@ -66,6 +71,28 @@ def check(found: Plan) -> None:
     assert found.cache_tokens >= found.demand.context_tokens * found.demand.batch
     assert 0 < found.step_s < inf and found.tokens_per_s > 0.5
     assert len(elsewhere) == len(found.shares) - 1 or all(share.device.kind == "cpu" for share in elsewhere)
+
+
+def check_ranks(found: Plan) -> None:
+    """Every head, expert and column lies in one place, and every rank has room for the whole context."""
+    config = found.demand.entry.shape
+    ranks, cpu = [share for share in found.shares if share.portion], [share for share in found.shares if not share.portion]
+    portions = [share.portion for share in ranks if share.portion]
+    assert [head for portion in portions for head in portion.heads] == list(range(config.num_attention_heads))
+    assert [column for portion in portions for column in portion.inner] == list(range(config.intermediate_size))
+    assert [shared for portion in portions for shared in portion.shared] == list(range(config.n_shared_experts or 0))
+    assert [expert for share in found.shares for expert in share.experts] == list(range(config.n_routed_experts or 0))
+    assert all(portion.heads and portion.inner for portion in portions) and all(share.experts for share in ranks)
+    assert all(len(share.layers) == config.num_hidden_layers for share in ranks)
+    assert len(cpu) <= 1 and all(share.device.kind == "cpu" and not share.layers for share in cpu)
+    for share in found.shares:
+        used = share.weight_bytes + (found.cache_bytes if share.portion else 0)
+        assert used + placement.RESERVED_BYTES[share.device.kind] <= share.device.free_bytes
+    assert found.weight_bytes > sum(group.bytes for group in groups(config, found.precision)), "embeddings and more are on every rank"
+    assert found.cache_tokens >= found.demand.context_tokens * found.demand.batch
+    words = " ".join(in_words(found))
+    assert "a rank with heads 0 to " in words and "The GPUs compute every layer together" in words
+    assert 0 < found.step_s < inf
 
 
 def test_the_bytes_of_the_groups_are_those_of_the_catalogue():
@@ -103,16 +130,16 @@ def test_uneven_cards_hold_what_they_can():
     found = made(SMALL, "24GB+16GB")
     assert found.precision is Precision.BFLOAT16
     first, second = found.shares
-    assert first.device.name == "gpu 0" and len(first.experts) != len(second.experts)
+    assert first.device.name == "gpu 0" and len(first.layers) > len(second.layers)
     check(found)
-    of_many = made(BIG, "12GB+16GB+14x12GB")
+    of_many = made(BIG, "12GB@9000+16GB@9000+14x12GB@9000")
     check(of_many)
     sizes = [len(share.layers) for share in of_many.shares]
     assert of_many.shares[0].device.name == "gpu 1" and sizes[0] > max(sizes[1:]), "the largest card has the most layers"
 
 
 def test_layers_are_divided_where_what_every_layer_needs_is_too_much_for_one_card():
-    found = made(BIG, "12x16GB")
+    found = made(BIG, "12x16GB@9000")  # so fast that sums are what takes time
     check(found)
     assert found.precision is Precision.INT4 and sum(bool(share.layers) for share in found.shares) == len(found.shares) > 8
     words = " ".join(in_words(found))
@@ -122,7 +149,7 @@ def test_layers_are_divided_where_what_every_layer_needs_is_too_much_for_one_car
 
 
 def test_layers_are_divided_and_their_experts_lie_in_the_cpus_memory_where_even_that_is_too_little():
-    found = made(BIG, "4x16GB+cpu:128GB")
+    found = made(BIG, "4x16GB@9000+cpu:128GB")
     check(found)
     *gpus, cpu = found.shares
     assert len(gpus) == 4 and all(share.layers and share.experts == gpus[0].experts for share in gpus)
@@ -142,7 +169,7 @@ def test_dividing_layers_is_no_faster_than_one_card_that_holds_them():
     assert len(made(SMALL, "2x80GB").shares) == 1
     whole, halves = made(SMALL, "48GB@1000"), made(SMALL, "2x24GB@1000")
     assert len(halves.shares) == 2 and halves.shares[1].layers
-    assert halves.step_s == pytest.approx(whole.step_s + placement.HOP_S)
+    assert halves.step_s == pytest.approx(whole.step_s + pace.HOP_S)
 
 
 def test_one_gpu_is_taken_where_one_is_enough_and_several_where_they_read_faster():
@@ -150,6 +177,28 @@ def test_one_gpu_is_taken_where_one_is_enough_and_several_where_they_read_faster
     slow = made(SMALL, "4x48GB@100")
     assert len(slow.shares) > 1
     assert slow.step_s < made(SMALL, "48GB@100").step_s
+
+
+def test_every_gpu_computes_a_portion_of_every_layer_where_that_is_worth_the_sums():
+    many, whole = made(BIG, "8x80GB"), made(BIG, "600GB@2000")
+    check(many)
+    assert many.precision is whole.precision is Precision.BFLOAT16
+    assert len(many.shares) > 5 and many.step_s < 0.55 * whole.step_s
+
+
+def test_of_uneven_cards_the_faster_has_more_heads_and_experts():
+    found = made(SMALL, "24GB@400+24GB@200")
+    check(found)
+    fast, slow = found.shares
+    assert fast.portion and slow.portion and len(fast.portion.heads) == 11 and len(slow.portion.heads) == 5
+    assert len(fast.experts) > len(slow.experts) and len(fast.portion.inner) > len(slow.portion.inner)
+
+
+def test_experts_for_which_ranks_have_no_room_lie_beside_the_first():
+    found = made(BIG, "4x16GB@200+cpu:128GB@400")
+    check(found)
+    *ranks, cpu = found.shares
+    assert len(ranks) > 1 and all(share.portion for share in ranks) and cpu.portion is None and cpu.experts.stop == 160
 
 
 def test_what_gpus_have_no_room_for_lies_in_the_cpus_memory():
@@ -184,10 +233,10 @@ def test_a_long_context_and_many_sequences_take_their_room():
 
 
 def test_the_slowest_device_is_waited_for():
-    halves, whole = placement._slowest_s(LITE, (32, 32), (1.0, 1.0), 1), placement._slowest_s(LITE, (64,), (1.0,), 1)
+    halves, whole = pace.slowest_s(LITE, (32, 32), (1.0, 1.0), 1, (0, 0)), pace.slowest_s(LITE, (64,), (1.0,), 1, (0,))
     assert whole == 6 and halves == pytest.approx(3.9, abs=0.05), "of 6 experts on 2 devices, 3.9 lie on the fuller one"
-    assert placement._slowest_s(LITE, (32, 32), (1.0, 1.0), 64) == pytest.approx(32, rel=0.01), "a large batch touches all"
-    groups_apart = placement._slowest_s(LARGE, (80, 80), (1.0, 1.0), 1)
+    assert pace.slowest_s(LITE, (32, 32), (1.0, 1.0), 64, (0, 0)) == pytest.approx(32, rel=0.01), "a large batch touches all"
+    groups_apart = pace.slowest_s(LARGE, (80, 80), (1.0, 1.0), 1, (0, 0))
     assert 3.9 < groups_apart < 6, "groups make it more uneven"
 
 

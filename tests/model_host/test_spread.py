@@ -1,10 +1,6 @@
-"""Experts on several devices, in several processes and in fewer bits: the same answers as whole, and a sentence when one is lost."""
+"""Experts and layers on several devices, and weights in fewer bits: the same answers as whole, and a sentence when one is lost."""
 
 import asyncio
-import os
-import signal
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,33 +10,26 @@ import torch
 from torch import Tensor
 
 from model_host import hot, runner
-from model_host.batch import Span, Step
+from model_host.batch import Step
 from model_host.catalogue import LARGE, LITE, Entry, Precision
 from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
+from model_host.devices import Device, Share
 from model_host.eager import EagerModel
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, EngineError
-from model_host.experts import Held, Spread, TorchExperts
+from model_host.experts import Spread, TorchExperts
+from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
-from model_host.holders import LayeredModel, SpreadModel, expert_reader, load_dense, load_experts, load_spread
+from model_host.holders import LayeredModel, SpreadModel, expert_reader, load_dense, load_spread
 from model_host.hot import HotExperts
 from model_host.latents import LatentPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeExperts
-from model_host.pages import pages_for
-from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS, Device, Share, groups, working_bytes
+from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS
 from model_host.quantized import PackedLinear, Stack, linears, pack, unpack
-from model_host.ranks import ConnectionLost, Post, Ranks, Wire, meet
 from tests.model_host import twins
-
-CPU = torch.device("cpu")
-
-
-def quiet(what: str, share: float) -> None: ...
-
-
-PROMPT, NEW = 40, 24
+from tests.model_host.loaded import CPU, NEW, assembled, greedy, held, quiet, whole
 
 
 @pytest.fixture(scope="module", params=[LITE, LARGE], ids=["greedy", "group limited"])
@@ -49,63 +38,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return twins.write(tmp_path_factory.mktemp("spread") / "twin", twins.hub_config(entry), dtype=torch.float32)
 
 
-def held(folder: Path, experts: range, precision: str, kernels: str = "torch") -> Held:
-    return load_experts(
-        folder, ModelConfig.read(folder), experts, precision=precision, dtype=torch.float32, device=CPU, threads=1, kernels=kernels,
-        progress=quiet,
-    )  # fmt: skip
-
-
-def assembled(folder: Path, precision: str, here: list[Held], ranks: Ranks | None = None) -> SpreadModel:
-    spread = Spread(here, ranks)
-    config = ModelConfig.read(folder)
-    model = load_dense(folder, config, spread, precision=precision, dtype=torch.float32, device=CPU, progress=quiet)
-    return SpreadModel(model, spread, precision, ranks)
-
-
-def whole(folder: Path, precision: str, kernels: str = "torch") -> SpreadModel:
-    return assembled(folder, precision, [held(folder, range(ModelConfig.read(folder).n_routed_experts or 0), precision, kernels)])
-
-
-def spread_over(folder: Path, precision: str, world: int, kernels: str = "torch") -> SpreadModel:
-    """Uneven on purpose: the last rank has what the others leave."""
-    experts = ModelConfig.read(folder).n_routed_experts or 0
-    cuts = [0, *(experts * rank // (world + 1) + rank for rank in range(1, world)), experts]
-    posts = [Post(device="cpu", first=a, stop=b) for a, b in pairwise(cuts[1:])]
-    ranks = Ranks(folder, ModelConfig.read(folder), posts, home=CPU, precision=precision, dtype=torch.float32, threads=1, kernels=kernels)
-    return assembled(folder, precision, [held(folder, range(cuts[1]), precision, kernels)], ranks)
-
-
-def greedy(model: SpreadModel | EagerModel | LayeredModel, new: int = NEW) -> tuple[list[int], Tensor]:
-    """A prompt, in two chunks, then one token at a time: the tokens and the last logits."""
-    pages = tuple(range(pages_for(PROMPT + new)))
-    in_parts = isinstance(model, LayeredModel)
-    latents = model.pool(len(pages)) if in_parts else LatentPool(model.config, len(pages), model.latent_dtype, CPU)
-    ids = torch.randint(8000, (PROMPT,), generator=torch.Generator().manual_seed(5)).tolist()
-    said: list[int] = []
-    model.forward(Step(ids=tuple(ids[:25]), spans=(Span(tokens=25, context=25, pages=pages[:2]),), wanted=()), latents)
-    step = Step(ids=tuple(ids[25:]), spans=(Span(tokens=15, context=PROMPT, pages=pages[:3]),), wanted=(14,))
-    while True:
-        logits = model.forward(step, latents)
-        said.append(int(logits[0].argmax()))
-        if len(said) == new:
-            return said, logits
-        context = PROMPT + len(said)
-        step = Step(ids=(said[-1],), spans=(Span(tokens=1, context=context, pages=pages[: pages_for(context)]),), wanted=(0,))
-
-
 @pytest.fixture(scope="module")
 def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entry = Entry(name="twin", shape=LITE, context_tokens=1)
     return twins.write(tmp_path_factory.mktemp("one") / "twin", twins.hub_config(entry), dtype=torch.float32)
-
-
-@pytest.fixture
-def closing() -> Iterator[list[SpreadModel]]:
-    models: list[SpreadModel] = []
-    yield models
-    for model in models:
-        model.close()
 
 
 def test_experts_held_apart_are_those_of_the_plain_model(folder: Path):
@@ -117,17 +53,6 @@ def test_experts_held_apart_are_those_of_the_plain_model(folder: Path):
     said, ours = greedy(apart)
     assert said == wanted and torch.allclose(ours, logits, atol=1e-4)
     assert apart.weight_bytes == plain.weight_bytes
-
-
-@pytest.mark.parametrize(("world", "precision"), [(2, "int8"), (3, "int4"), (4, "float32")])
-def test_spread_over_processes_says_token_for_token_what_the_whole_model_says(
-    folder: Path, world: int, precision: str, closing: list[SpreadModel]
-):
-    wanted, logits = greedy(whole(folder, precision))
-    model = spread_over(folder, precision, world)
-    closing.append(model)
-    said, ours = greedy(model)
-    assert said == wanted and torch.allclose(ours, logits, atol=1e-4)
 
 
 def in_layers(folder: Path, precision: str, cuts: list[int], on_cpu: int = 0, kernels: str = "torch") -> LayeredModel:
@@ -196,13 +121,6 @@ def test_compiled_experts_are_those_of_torch(folder: Path, precision: str):
     assert not one.partial(2, x, weights, none).any() and not other.partial(2, x, weights, none).any()
 
 
-@pytest.mark.skipif(not available_levels(), reason="the kernels were not compiled")
-def test_processes_with_compiled_experts_say_what_torch_says(one_folder: Path, closing: list[SpreadModel]):
-    model = spread_over(one_folder, "float32", 3, kernels="auto")
-    closing.append(model)
-    assert greedy(model)[0] == greedy(whole(one_folder, "float32"))[0]
-
-
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
 def test_a_packed_model_takes_the_bytes_that_the_plan_says(folder: Path, precision: Precision):
     model = whole(folder, precision)
@@ -244,110 +162,6 @@ def test_few_and_many_rows_are_multiplied_alike(precision: str):
         assert torch.allclose(stack.product(x[start : start + 12], choices[start : start + 12]), together[start : start + 12], atol=1e-4)
 
 
-def test_a_killed_process_is_noticed_told_and_started_anew(one_folder: Path, closing: list[SpreadModel]):
-    model = spread_over(one_folder, "float32", 3)
-    closing.append(model)
-    wanted, _ = greedy(model, new=2)
-    assert model._ranks is not None
-    os.kill(model._ranks._workers[1].process.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"process of rank 2 on cpu failed: it was ended by signal 9"):
-        greedy(model, new=2)
-    assert not model._ranks.is_running
-    assert greedy(model, new=2)[0] == wanted
-
-
-def test_a_process_that_fails_in_a_step_brings_its_traceback_home(
-    one_folder: Path, closing: list[SpreadModel], monkeypatch: pytest.MonkeyPatch
-):
-    model = spread_over(one_folder, "float32", 2)
-    closing.append(model)
-    greedy(model, new=1)
-    ranks = model._ranks
-    assert ranks is not None and ranks._control is not None
-    ranks._control.broadcast(torch.tensor([-5]), 0).wait()  # a step of less than no tokens
-    with pytest.raises(EngineError, match=r"(?s)rank 1 on cpu failed: Traceback.*in step.*negative dimension"):
-        greedy(model, new=1)
-    assert len(greedy(model, new=1)[0]) == 1
-
-
-def test_a_rank_that_waits_for_one_that_is_gone_and_is_not_told_looks_itself():
-    """As with NCCL, whose waiting never ends then. gloo's group, which is asked in the same words, shows what is complete."""
-    with tempfile.TemporaryDirectory() as folder:
-        group, _ = meet(Path(folder), 0, 1, "gloo")
-        wire = Wire(group, "nccl", CPU, lambda: False)
-        assert torch.equal(wire.reduce(torch.ones(2)), torch.ones(2)), "what is complete is taken"
-        aborted = []
-
-        class Forever:
-            def is_completed(self) -> bool:
-                return False
-
-        class Stuck:
-            def broadcast(self, tensor: Tensor, root: int) -> Forever:
-                return Forever()
-
-            reduce = broadcast
-
-            def abort(self) -> None:
-                aborted.append(True)
-
-        with pytest.raises(ConnectionLost, match="a process has ended"):
-            Wire(Stuck(), "nccl", CPU, lambda: True).broadcast(torch.ones(2))
-        assert aborted
-
-
-@pytest.mark.parametrize(
-    ("home", "posts", "backend"),
-    [
-        ("cuda:0", ("cuda:1", "cuda:2"), "nccl"),
-        ("cuda:0", ("cuda:0",), "gloo"),
-        ("cuda", ("cuda",), "gloo"),
-        ("cuda:0", ("cuda:1", "cpu"), "gloo"),
-        ("cpu", ("cpu",), "gloo"),
-    ],
-)
-def test_nccl_is_taken_where_every_rank_has_a_card_of_its_own(
-    home: str, posts: tuple[str, ...], backend: str, one_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
-    ranks = Ranks(
-        one_folder, ModelConfig.read(one_folder), [Post(device=post, first=0, stop=1) for post in posts], home=torch.device(home),
-        precision="float32", dtype=torch.float32, threads=1, kernels="torch",
-    )  # fmt: skip
-    assert ranks._backend == backend
-
-
-def test_a_process_that_cannot_start_says_why(one_folder: Path, tmp_path: Path):
-    broken = Ranks(
-        tmp_path / "nowhere", ModelConfig.read(one_folder), [Post(device="cpu", first=0, stop=3)], home=CPU, precision="float32",
-        dtype=torch.float32, threads=1, kernels="torch",
-    )  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 could not start: Traceback.*holds no config.json"):
-        broken.begin(1)
-    assert not broken.is_running and not broken._workers
-
-
-def test_processes_end_when_the_one_that_started_them_is_gone(one_folder: Path, closing: list[SpreadModel]):
-    model = spread_over(one_folder, "float32", 2)
-    closing.append(model)
-    greedy(model, new=1)
-    assert model._ranks is not None
-    process = model._ranks._workers[0].process
-    assert process.stdin is not None
-    process.stdin.close()  # as the system does for a process that has died
-    assert process.wait(10) == 0
-
-
-def test_a_step_that_breaks_here_starts_the_others_anew(one_folder: Path, closing: list[SpreadModel]):
-    model = spread_over(one_folder, "float32", 2)
-    closing.append(model)
-    wanted, _ = greedy(model, new=2)
-    pool = LatentPool(model.config, 1, torch.float32, CPU)
-    with pytest.raises(IndexError):
-        model.forward(Step(ids=(9_999_999,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
-    assert greedy(model, new=2)[0] == wanted
-
-
 def small_devices(config: ModelConfig, precision: Precision, *shares: tuple[str, float]) -> tuple[Device, ...]:
     """Devices with room for such shares of the routed experts, and the first for everything else; all are this machine's CPU."""
     *others, routed = groups(config, precision)
@@ -365,25 +179,18 @@ def small_devices(config: ModelConfig, precision: Precision, *shares: tuple[str,
     )
 
 
-@pytest.mark.parametrize(
-    ("shares", "workers"), [([("gpu", 0.6), ("gpu", 0.6)], 1), ([("gpu", 0.4), ("cpu", 0.7)], 0)], ids=["two GPUs", "a GPU and the CPU"]
-)
 @pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.INT4])
-def test_a_model_that_fits_no_device_alone_is_loaded_over_several_as_planned(
+def test_a_model_that_does_not_fit_the_gpu_is_loaded_over_it_and_the_cpu_as_planned(
     one_folder: Path,
-    shares: list[tuple[str, float]],
-    workers: int,
     precision: Precision,
-    closing: list[SpreadModel],
     monkeypatch: pytest.MonkeyPatch,
 ):
     config = ModelConfig.read(one_folder)
     monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
-    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, precision, *shares))
+    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, precision, ("gpu", 0.4), ("cpu", 0.7)))
     model = runner.load(one_folder, device="auto", dtype=precision.value, threads=1, kernels="auto", progress=quiet)
     assert isinstance(model, SpreadModel)
-    closing.append(model)
-    assert len(model._ranks._workers if model._ranks else []) == workers
+    assert len(model._spread.here) == 2
     assert model.precision == precision.value
     if precision is Precision.FLOAT32:
         assert greedy(model)[0] == greedy(whole(one_folder, "float32"))[0]
@@ -462,28 +269,6 @@ async def test_a_gpu_that_vanishes_is_told_and_other_requests_are_still_answered
             await engine.submit(Request(prompt=Fim(prefix="a = ", suffix=""), max_new_tokens=2)).finished()
         monkeypatch.setattr(model, "forward", works)
         assert (await engine.submit(Request(prompt=Fim(prefix="a = ", suffix=""), max_new_tokens=2)).finished()).new_tokens
-    finally:
-        engine.close()
-
-
-async def test_a_worker_killed_while_it_serves_is_a_sentence_to_its_request_and_nothing_to_the_next(
-    one_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config = ModelConfig.read(one_folder)
-    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
-    monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.FLOAT32, ("gpu", 0.6), ("gpu", 0.6)))
-    engine = load_engine(one_folder, dtype="float32", threads=1)
-    try:
-        model = engine._runner.model
-        assert isinstance(model, SpreadModel) and model._ranks is not None
-        request = Request(prompt=Fim(prefix="a = ", suffix=""), max_new_tokens=2000)
-        generation = engine.submit(request)
-        async for _ in generation:
-            os.kill(model._ranks._workers[0].process.pid, signal.SIGKILL)
-            break
-        with pytest.raises(EngineError, match=r"process of rank 1 on cpu failed: it was ended by signal 9"):
-            await generation.finished()
-        assert (await engine.submit(replace(request, max_new_tokens=2)).finished()).new_tokens == 2
     finally:
         engine.close()
 

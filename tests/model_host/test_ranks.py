@@ -1,0 +1,288 @@
+"""A portion of every layer on each of several ranks: they say what the whole model says, with and without what was computed before; and
+whatever becomes of one of them is a sentence to the request that ran, and nothing to the next."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_host import hot, ranks, runner
+from model_host.batch import Copy, Shift, Span, Step
+from model_host.catalogue import LARGE, LITE, Entry, Precision
+from model_host.checkpoints import STARTER
+from model_host.config import ModelConfig, Portion
+from model_host.devices import Device
+from model_host.engine import Disk, LocalEngine, load_engine
+from model_host.errors import CheckpointError, RankLost
+from model_host.footprint import groups, working_bytes
+from model_host.generation import Cost, Fim, Request, Reuse
+from model_host.holders import RankedModel
+from model_host.native.library import available_levels
+from model_host.orders import Begin, Fill, Orders, Post, read, written
+from model_host.placement import RESERVED_BYTES, Demand, Plan, plan
+from model_host.ranks import ConnectionLost, Ranks, Wire, backend_for, meet
+from tests.model_host import twins
+from tests.model_host.loaded import CPU, divided, greedy, in_ranks, quiet, whole
+
+UNEVEN = {"intermediate_size": 320, "moe_intermediate_size": 64}
+"""Sizes that int4 can be cut at; heads that no number of ranks here divides evenly but two."""
+
+
+@pytest.fixture(scope="module", params=[LITE, LARGE], ids=["greedy", "group limited"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one with plain queries, the other with low-rank ones."""
+    entry = Entry(name="twin", shape=request.param, context_tokens=1)
+    config = twins.hub_config(entry, num_attention_heads=16 if entry.shape is LITE else 7, **UNEVEN)
+    return twins.write(tmp_path_factory.mktemp("ranks") / "twin", config, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = twins.hub_config(Entry(name="twin", shape=LITE, context_tokens=1), **UNEVEN)
+    return twins.write(tmp_path_factory.mktemp("one") / "twin", config, dtype=torch.float32)
+
+
+@pytest.fixture
+def ranked() -> Iterator[Callable[..., RankedModel]]:
+    models: list[RankedModel] = []
+
+    def made(*arguments, **more) -> RankedModel:
+        models.append(in_ranks(*arguments, **more))
+        return models[-1]
+
+    yield made
+    for model in models:
+        model.close()
+
+
+def pid_of(model: RankedModel, rank: int) -> int:
+    return model._ranks._workers[rank - 1].process.pid
+
+
+@pytest.mark.parametrize(("world", "precision"), [(2, "int8"), (3, "int4"), (4, "float32")])
+def test_ranks_say_token_for_token_what_the_whole_model_says(folder: Path, world: int, precision: str, ranked: Callable[..., RankedModel]):
+    wanted, logits = greedy(whole(folder, precision))
+    said, ours = greedy(ranked(folder, precision, world))
+    assert said == wanted and torch.allclose(ours, logits, atol=1e-4)
+
+
+def test_sixteen_heads_over_three_ranks_and_all_experts_in_compiled_kernels(folder: Path, ranked: Callable[..., RankedModel]):
+    assert [len(heads) for heads in divided(16, 3)] == [6, 5, 5]
+    assert greedy(ranked(folder, "float32", 3, "auto" if available_levels() else "torch"))[0] == greedy(whole(folder, "float32"))[0]
+
+
+def test_experts_in_the_cpus_memory_beside_rank_0_are_moved_and_the_answers_stay(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hot, "CHECKED_STEPS", 2)
+    monkeypatch.setattr(hot, "MIN_USES", 1.0)
+    model = ranked(one_folder, "float32", 2, on_cpu=6)
+    assert greedy(model)[0] == greedy(whole(one_folder, "float32"))[0]
+    assert model.own.hot is not None and model.own.hot.moves
+
+
+FEW_TOKENS = 64
+"""Of context that is planned for: what is read of more would be read by every rank."""
+
+
+def cards(count: int, room: float) -> tuple[Device, ...]:
+    """So slow that ranks are worth it, each with room for such a share of the routed experts; all are this machine's CPU."""
+    config = ModelConfig.read(STARTER)
+    *others, routed = groups(config, Precision.FLOAT32)
+    rest = sum(group.bytes for group in others) + working_bytes(config, FEW_TOKENS)
+    rest += FEW_TOKENS * config.num_hidden_layers * config.latent_dim * 4
+    free = RESERVED_BYTES["gpu"] + rest + int(room * routed.bytes)
+    return tuple(Device(name="cpu", kind="gpu", free_bytes=free, bytes_per_s=1e9) for _ in range(count))
+
+
+@pytest.fixture
+def on_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[Device, ...]], None]:
+    """Has models be loaded as planned for such devices."""
+
+    def put(devices: tuple[Device, ...]) -> None:
+        monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+        monkeypatch.setattr(runner, "USUAL_CONTEXT_TOKENS", FEW_TOKENS)
+        monkeypatch.setattr(runner, "real_devices", lambda: devices)
+
+    return put
+
+
+def test_ranks_take_the_bytes_that_the_plan_says(on_cards: Callable[[tuple[Device, ...]], None]):
+    devices = cards(3, 0.1)
+    entry = Entry(name="starter", shape=ModelConfig.read(STARTER), context_tokens=1)
+    made = plan(Demand(entry=entry, precision=Precision.FLOAT32, context_tokens=FEW_TOKENS), devices)
+    assert isinstance(made, Plan) and len(made.shares) == 3
+    on_cards(devices)
+    model = runner.load(STARTER, device="auto", dtype="float32", threads=1, kernels="torch", progress=quiet)
+    assert isinstance(model, RankedModel)
+    try:
+        assert [worker.weight_bytes for worker in model._ranks._workers] == [share.weight_bytes for share in made.shares[1:]]
+        assert model.own.weight_bytes == made.shares[0].weight_bytes
+    finally:
+        model.close()
+
+
+async def said(engine: LocalEngine, request: Request) -> tuple[str, Cost]:
+    generation = engine.submit(request)
+    spoken = "".join([piece async for piece in generation])
+    assert generation.cost is not None
+    return spoken, generation.cost
+
+
+TEXT = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\n" * 10
+FIRST = Request(prompt=Fim(prefix=TEXT + "def mean(values):\n", suffix=""), max_new_tokens=8)
+
+
+async def test_ranks_reuse_what_was_computed_like_one_device(tmp_path: Path, on_cards: Callable[[tuple[Device, ...]], None]):
+    """Copied, shifted, kept on disk and taken back, the same on every rank; and after one was killed in between."""
+    edited = Fim(prefix="import math\n" + TEXT + "def mean(values):\n", suffix="")
+    again = replace(FIRST, prompt=edited, reuse=Reuse.SHIFTED)
+    answers, costs = [], []
+    for name, devices in (("whole", ()), ("ranks", cards(2, 0.7)), ("ranks", cards(2, 0.7))):
+        on_cards(devices)
+        engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch", disk=Disk(tmp_path / name, 10**9))
+        try:
+            assert isinstance(engine._runner.model, RankedModel) == bool(devices)
+            found = [await said(engine, request) for request in (FIRST, FIRST, again)]
+            await asyncio.to_thread(engine.rested.wait, 60)
+            if isinstance(model := engine._runner.model, RankedModel):
+                os.kill(pid_of(model, 1), signal.SIGKILL)
+                with pytest.raises(RankLost, match=r"process of rank 1 on cpu failed: it was ended by signal 9"):
+                    await engine.submit(FIRST).finished()
+            found.append(await said(engine, again))
+        finally:
+            engine.close()
+        answers.append([spoken for spoken, _ in found])
+        costs.append([cost for _, cost in found])
+    assert answers[0] == answers[1] == answers[2]
+    assert [cost.computed_tokens for cost in costs[0]] == [cost.computed_tokens for cost in costs[1]], "the last one after the death too"
+    assert costs[1][1].computed_tokens <= 1 and costs[1][2].shifted_tokens and costs[1][3].computed_tokens <= 1
+    assert costs[2][0].computed_tokens < 20, "taken back from disk"
+
+
+async def test_a_rank_killed_while_it_serves_is_a_sentence_to_its_request_and_nothing_to_the_next(
+    on_cards: Callable[[tuple[Device, ...]], None],
+):
+    on_cards(cards(3, 0.1))
+    engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch")
+    try:
+        model = engine._runner.model
+        assert isinstance(model, RankedModel)
+        generation = engine.submit(replace(FIRST, max_new_tokens=2000))
+        async for _ in generation:
+            os.kill(pid_of(model, 2), signal.SIGKILL)
+            break
+        with pytest.raises(RankLost, match=r"process of rank 2 on cpu failed: it was ended by signal 9"):
+            await generation.finished()
+        cost = await engine.submit(replace(FIRST, max_new_tokens=2)).finished()
+        assert cost.new_tokens == 2 and cost.computed_tokens <= 16, "what was computed is still there"
+    finally:
+        engine.close()
+
+
+def test_a_rank_that_fails_in_a_step_brings_its_traceback_home(one_folder: Path, ranked: Callable[..., RankedModel]):
+    model = ranked(one_folder, "float32", 2)
+    wanted, _ = greedy(model, new=2)
+    pool = model.pool(64)
+    model.prepare(pool)
+    model._ranks.tell(Copy(0, 10_000, 16))  # a page that is not there
+    with pytest.raises(RankLost, match=r"(?s)rank 1 on cpu failed: Traceback.*in follow.*latents.copy"):
+        model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    assert not model._ranks.is_running
+    logits = model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    assert logits.shape == (1, model.config.vocab_size) and greedy(model, new=2)[0] == wanted
+
+
+def test_a_step_that_breaks_here_starts_the_others_anew(one_folder: Path, ranked: Callable[..., RankedModel]):
+    model = ranked(one_folder, "float32", 2)
+    wanted, _ = greedy(model, new=2)
+    pool = model.pool(64)
+    model.prepare(pool)
+    with pytest.raises(IndexError):
+        model.forward(Step(ids=(9_999_999,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    assert not model._ranks.is_running
+    model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    assert greedy(model, new=2)[0] == wanted
+
+
+def test_a_rank_that_cannot_start_says_why(one_folder: Path, tmp_path: Path):
+    portion = Portion(heads=range(1), inner=range(1), shared=range(0))
+    broken = Ranks(
+        tmp_path / "nowhere", [Post(device="cpu", portion=portion, experts=range(3))], home=CPU, precision="float32",
+        dtype=torch.float32, threads=1, kernels="torch",
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 could not start: Traceback.*holds no config.json"):
+        broken.start(quiet)
+    assert not broken.is_running and not broken._workers
+
+
+def test_ranks_end_when_the_one_that_started_them_is_gone(one_folder: Path, ranked: Callable[..., RankedModel]):
+    model = ranked(one_folder, "float32", 2)
+    process = model._ranks._workers[0].process
+    assert process.stdin is not None
+    process.stdin.close()  # as the system does for a process that has died
+    assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend"),
+    [
+        (("cuda:0", "cuda:1", "cuda:2"), "nccl"),
+        (("cuda:0", "cuda:0"), "gloo"),
+        (("cuda", "cuda"), "gloo"),
+        (("cuda:0", "cuda:1", "cpu"), "gloo"),
+        (("cpu", "cpu"), "gloo"),
+    ],
+)
+def test_nccl_is_taken_where_every_rank_has_a_card_of_its_own(devices: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks.dist, "is_nccl_available", lambda: True)
+    assert backend_for([torch.device(device) for device in devices]) == backend
+
+
+def test_a_connection_that_is_lost_launches_no_more_and_says_so(tmp_path: Path):
+    """As with NCCL, whose sums would never end; gloo's group is asked in the same words."""
+    group = meet(tmp_path, 0, 1, "gloo")
+    aborted: list[bool] = []
+
+    class Cards:
+        def allreduce(self, tensors: list[Tensor], options: object) -> None:
+            group.allreduce(tensors, options).wait()
+
+        def broadcast(self, tensor: Tensor, root: int) -> object:
+            return group.broadcast(tensor, root)
+
+        def abort(self) -> None:
+            aborted.append(True)
+
+    wire = Wire(Cards(), "nccl", CPU)
+    wire._sum.asyncOp = True
+    assert torch.equal(wire.summed(torch.ones(2)), torch.ones(2))
+    launched: list[bool] = []
+    wire.launch(lambda: launched.append(True))
+    wire.lose()
+    wire.lose()
+    assert aborted == launched == [True]
+    for use in (wire.check, wire.wait, lambda: wire.summed(torch.ones(2)), lambda: wire.launch(lambda: launched.append(True))):
+        with pytest.raises(ConnectionLost, match="a process has ended"):
+            use()
+    assert launched == [True]
+
+
+def test_what_is_told_is_what_is_done():
+    span = Span(tokens=2, context=18, pages=(4, 7))
+    step = Step(ids=(1, 2, 3), spans=(span, replace(span, tokens=1)), wanted=(2,))
+    shift = Shift(source=(1, 2), source_start=3, target=(5,), target_start=0, tokens=4)
+    for command in (step, shift, Copy(1, 2, 3), Fill((3, 4)), Begin(9)):
+        assert read(written(command)) == command and "\n" not in written(command)
+    portion = Portion(heads=range(2, 3), inner=range(64, 96), shared=range(1, 1))
+    orders = Orders(
+        folder="f", precision="int8", dtype="float32", threads=1, kernels="auto", captures=True, rank=1,
+        post=Post(device="cpu", portion=portion, experts=range(3, 9)), meeting="m", world=2, backend="gloo",
+    )  # fmt: skip
+    assert Orders.read(orders.written()) == orders
