@@ -7,10 +7,11 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 
 from lsprotocol import types
 
-from lsp_server import context, filters
+from lsp_server import context, filters, workspace
 from lsp_server.anchors import Anchors, with_newlines
 from lsp_server.host import Host
 from lsp_server.remembered import Remembered
@@ -21,6 +22,7 @@ from model_host.errors import EngineError
 from model_host.generation import Cost, Engine, Fim, Generation, Priority, Request, Reuse, Sampling
 
 AHEAD_DEADLINE_S = 60.0
+IGNORED = "git ignores {name}, and such files are neither read nor completed unless inline.ignored_files is true."
 REST_S = 1.0
 """Whoever types nothing for so long rests."""
 
@@ -82,6 +84,8 @@ async def complete(
     snapshot = document.snapshot(position)
     if reason := context.refusal(snapshot, document.chars, settings.max_document_chars):
         return Answer(reason=reason)
+    if not settings.ignored_files and await asyncio.to_thread(is_ignored, snapshot.uri):
+        return Answer(reason=IGNORED.format(name=PurePosixPath(snapshot.path).name))
     if reason := host.engine.facts.without_fim:
         return Answer(reason=reason)
     if text := filters.something(hole_at(snapshot, settings), memory.remembered.rest(snapshot)):
@@ -139,6 +143,15 @@ async def rest(host: Host, answer: Answer, shown_path: str, settings: InlineSett
 def repository_tokens(engine: Engine, settings: InlineSettings) -> int:
     """How much is told of other files: what the user says, else what suits the model."""
     return engine.facts.repository_tokens if settings.repository_tokens < 0 else settings.repository_tokens
+
+
+def is_ignored(uri: str) -> bool:
+    """Whether git ignores a document; not, where nobody can tell. Reads files: not for the event loop."""
+    path = workspace.path_of(uri)
+    try:
+        return path is not None and workspace.is_ignored(path.resolve())
+    except (OSError, ValueError):
+        return False
 
 
 def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:

@@ -53,6 +53,7 @@ class InlineSettings(Part):
     )
     ahead: bool = Field(default=True, description="Compute what may be wanted next while the user looks or rests.")
     max_document_chars: int = Field(default=2_000_000, ge=1000, description="Larger documents are not completed.")
+    ignored_files: bool = Field(default=False, description="Complete documents that git ignores, too.")
 
 
 class ActionSettings(Part):

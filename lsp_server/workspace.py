@@ -62,15 +62,21 @@ def is_own(path: Path, root: Path) -> bool:
     parts = path.relative_to(root).parts
     if is_secret(path.name) or any(part.startswith(".") or part in NOT_OURS for part in parts):
         return False
-    top = next((folder for folder in path.parents if (folder / ".git").exists()), root)
-    for folder in path.parents:  # the nearest .gitignore that speaks of the file decides
+    return not is_ignored(path, root)
+
+
+def is_ignored(path: Path, top: Path | None = None) -> bool:
+    """Whether the .gitignore files of the repository that a real path is in, or else those up to `top`, ignore it. Raises OSError or
+    ValueError where one of them cannot be read or understood."""
+    top = next((folder for folder in path.parents if (folder / ".git").exists()), top)
+    for folder in path.parents if top else ():  # the nearest .gitignore that speaks of the file decides
         file = folder / ".gitignore"
         ignores = patterns(file, file.stat().st_mtime_ns).check_file(path.relative_to(folder)).include if file.is_file() else None
         if ignores is not None:
-            return not ignores
+            return ignores
         if folder == top:
             break
-    return True
+    return False
 
 
 @lru_cache(64)

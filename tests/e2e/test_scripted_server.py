@@ -183,3 +183,20 @@ async def test_a_name_that_only_another_file_has_is_seen_by_the_engine_once_the_
         running.type(1, 0, "x = 1", uri)
         assert (await running.ghost(2, 0, uri)).insert_text == "def total_price(items, tax):"
     assert status["repository"]["files"] == ["prices.py"] and status["repository"]["tokens"] > 0
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+async def test_a_document_that_git_ignores_is_completed_only_if_the_user_says_so(tmp_path: Path, allowed: bool):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("local_*\n")
+    ignored, other = ((tmp_path / name).as_uri() for name in ("local_a.py", "b.py"))
+    async with editor(sys.executable, "-m", "tests.scripted", '{"pieces": ["x = 1"]}') as running:
+        await running.start({"inline": {"ignored_files": allowed}}, folder=tmp_path.as_uri())
+        running.open("\n", ignored)
+        running.open("\n", other)
+        found = await running.ghost(0, 0, ignored)
+        assert (found is not None) == allowed
+        if not allowed:
+            reason = (await running.status())["last"]["reason"]
+            assert reason.startswith("git ignores local_a.py, and such files are neither read nor completed unless inline.ignored_files")
+        assert (await running.ghost(0, 0, other)).insert_text == "x = 1"
