@@ -31,8 +31,9 @@ from model_host.catalogue import Precision
 from model_host.checkpoints import checked_shards
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Device, Share
+from model_host.divided import RankedModel
 from model_host.footprint import groups
-from model_host.holders import RankedModel, load_spread
+from model_host.holders import load_spread
 from model_host.latents import LayeredPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeModel, random_weights

@@ -17,9 +17,10 @@ from model_host.catalogue import Entry, Precision
 from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
 from model_host.devices import Share
+from model_host.divided import LayeredModel, stepping
 from model_host.errors import CheckpointError, EngineError
 from model_host.generation import Progress
-from model_host.holders import LayeredModel, load_spread, stepping
+from model_host.holders import load_spread
 from model_host.latents import LatentPool
 from model_host.machine import real_devices
 from model_host.native.library import why_unavailable

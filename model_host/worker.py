@@ -17,7 +17,8 @@ import torch
 
 from model_host.batch import Copy, Shift, Step
 from model_host.config import ModelConfig
-from model_host.holders import SpreadModel, load_rank
+from model_host.divided import SpreadModel
+from model_host.holders import load_rank
 from model_host.latents import LatentPool
 from model_host.orders import Begin, Command, Fill, Orders, read
 from model_host.ranks import LOST, ConnectionLost, Wire, meet

@@ -17,11 +17,11 @@ from model_host import ranks, runner
 from model_host.checkpoints import STARTER
 from model_host.config import Portion
 from model_host.devices import Device, Share
+from model_host.divided import LayeredModel, RankedModel, SpreadModel
 from model_host.engine import LocalEngine, load_engine
 from model_host.errors import RankLost
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.gpu.model import GpuModel
-from model_host.holders import LayeredModel, RankedModel, SpreadModel
 from model_host.runner import Form, load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

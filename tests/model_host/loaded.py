@@ -9,9 +9,10 @@ from torch import Tensor
 from model_host.batch import Span, Step
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Device, Share
+from model_host.divided import RankedModel, SpreadModel
 from model_host.eager import TRIED_CONTEXT
 from model_host.experts import Held, Spread
-from model_host.holders import RankedModel, SpreadModel, load_dense, load_experts, load_spread
+from model_host.holders import load_dense, load_experts, load_spread
 from model_host.pages import pages_for
 from model_host.runner import StepModel
 

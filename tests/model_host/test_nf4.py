@@ -13,10 +13,11 @@ from model_host.batch import Span, Step
 from model_host.catalogue import LITE, Entry, Precision
 from model_host.checkpoints import STARTER
 from model_host.config import ModelConfig
+from model_host.divided import LayeredModel, SpreadModel
 from model_host.engine import load_engine
 from model_host.errors import CheckpointError
 from model_host.generation import Fim, Request
-from model_host.holders import LayeredModel, SpreadModel, load_spread
+from model_host.holders import load_spread
 from model_host.latents import LatentPool
 from model_host.nf4 import Nf4Stack
 from model_host.pages import pages_for

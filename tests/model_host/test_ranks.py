@@ -18,11 +18,11 @@ from model_host.catalogue import LARGE, LITE, Entry, Precision
 from model_host.checkpoints import STARTER
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Device
+from model_host.divided import RankedModel
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, RankLost
 from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
-from model_host.holders import RankedModel
 from model_host.native.library import available_levels
 from model_host.orders import Begin, Fill, Orders, Post, read, written
 from model_host.placement import RESERVED_BYTES, Demand, Plan, plan

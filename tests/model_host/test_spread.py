@@ -15,13 +15,14 @@ from model_host.catalogue import LARGE, LITE, Entry, Precision
 from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
 from model_host.devices import Device, Share
+from model_host.divided import LayeredModel, SpreadModel
 from model_host.eager import EagerModel
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, EngineError
 from model_host.experts import Spread, TorchExperts
 from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
-from model_host.holders import LayeredModel, SpreadModel, expert_reader, load_dense, load_spread
+from model_host.holders import expert_reader, load_dense, load_spread
 from model_host.hot import HotExperts
 from model_host.latents import LatentPool
 from model_host.native.library import available_levels
