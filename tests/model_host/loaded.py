@@ -62,7 +62,7 @@ def in_ranks(
             devices or (CARD,) * world,
             divided(experts - on_cpu, world),
             divided(config.num_attention_heads, world),
-            divided(config.intermediate_size, world, 64 if precision == "int4" else 1),
+            divided(config.intermediate_size, world, 64 if precision in ("int4", "nf4") else 1),
             divided(config.n_shared_experts or 0, world),
             strict=True,
         )

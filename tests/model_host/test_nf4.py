@@ -24,11 +24,7 @@ from model_host.pages import pages_for
 from model_host.placement import Demand, Device, Plan, Share, groups, in_words, plan
 from model_host.tokenizer import Tokenizer
 from tests.model_host import twins
-
-CPU = torch.device("cpu")
-
-
-def quiet(what: str, share: float) -> None: ...
+from tests.model_host.loaded import CARD, CPU, greedy, in_ranks, quiet, whole
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +71,19 @@ def test_the_starter_loses_little_and_takes_what_the_plan_says(ids: tuple[int, .
     assert 0.001 < float((wanted.exp() * (wanted - actual)).sum(-1).mean()) < 0.08  # divergence in nats a token, of bfloat16 too
 
 
-def test_experts_in_processes_and_layers_apart_say_what_the_whole_says(ids: tuple[int, ...]):
+def test_ranks_and_layers_apart_say_what_the_whole_says():
     config = ModelConfig.read(STARTER)
-    here = Device(name="cpu", kind="gpu", free_bytes=0, bytes_per_s=1.0)
-    layers, experts = range(config.num_hidden_layers), range(config.n_routed_experts or 0)
-    divided = {
-        "whole": [(layers, experts)],
-        "experts": [(layers, experts[:12]), (range(0), experts[12:])],
-        "layers": [(layers[:3], experts), (layers[3:], experts)],
-    }
-    found = {}
-    for name, shares in divided.items():
-        given = [Share(device=here, layers=some, experts=those, weight_bytes=0) for some, those in shares]
-        model = load_spread(STARTER, given, precision="nf4", dtype=torch.float32, threads=1, kernels="auto", progress=quiet)
-        found[name] = run(model, ids[:40])
-        if isinstance(model, SpreadModel):
-            model.close()
-    assert torch.allclose(found["experts"], found["whole"], atol=1e-3) and torch.equal(found["layers"], found["whole"])
+    experts, layers = range(config.n_routed_experts or 0), range(config.num_hidden_layers)
+    wanted, logits = greedy(whole(STARTER, "nf4"), new=4)
+    ranks = in_ranks(STARTER, "nf4", 2)
+    shares = [Share(device=CARD, layers=some, experts=experts, weight_bytes=0) for some in (layers[:3], layers[3:])]
+    apart = load_spread(STARTER, shares, precision="nf4", dtype=torch.float32, threads=1, kernels="torch", progress=quiet)
+    try:
+        for divided in (ranks, apart):
+            said, found = greedy(divided, new=4)
+            assert said == wanted and torch.allclose(found, logits, atol=1e-3)
+    finally:
+        ranks.close()
 
 
 async def test_the_engine_fills_a_hole_with_it():
