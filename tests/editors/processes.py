@@ -6,6 +6,8 @@ import psutil
 
 LIMIT_S = 90.0
 """How long anything may take: on a free machine seconds, on a busy one a multiple of that."""
+SOON_S = 8.0
+"""How long what a key does may take before it is pressed once more."""
 END_LIMIT_S = 10.0
 
 

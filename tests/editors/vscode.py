@@ -17,7 +17,7 @@ import psutil
 from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 from tests.editors import install
-from tests.editors.processes import LIMIT_S, end
+from tests.editors.processes import LIMIT_S, SOON_S, end
 
 SETTINGS = {
     "chat.disableAIFeatures": True,
@@ -228,6 +228,19 @@ class Code:
         self.until_editor_has_focus()
         self.page.keyboard.press("End")
 
+    def select_lines(self, first: int, last: int) -> None:
+        """Selects whole lines, counted from 1."""
+        place = self.page.locator('[id="status.editor.selection"]', has_text=f"Ln {last + 1}, Col 1 (")
+
+        def are_selected() -> bool:
+            self.go_to(first)
+            self.press("Home")
+            for _ in range(first, last + 1):
+                self.press("Shift+ArrowDown")
+            return self.soon(lambda: place.count())
+
+        self.until(are_selected)
+
     def until_editor_has_focus(self) -> None:
         """Keys before that are lost."""
         self.until(lambda: self.page.evaluate("Boolean(document.activeElement.closest('.editor-instance'))"))
@@ -284,6 +297,13 @@ class Code:
             return f"status: {self.status!r}, ghost: {self.ghost!r}; the screen is in {self.folder.parent / 'late.png'}"
 
         return wait_for(condition, screen, limit_s)
+
+    def soon(self, condition: Callable[[], Any]) -> bool:
+        """Whether it comes true within a few seconds; if not, a key was lost."""
+        try:
+            return bool(wait_for(condition, str, SOON_S))
+        except TimeoutError:
+            return False
 
     def picture(self, file: Path) -> None:
         self.page.mouse.move(150, 18)  # over nothing that explains itself
