@@ -201,7 +201,15 @@ class Code:
         return self.page.locator(".quick-input-widget:visible input[type=text]")
 
     def ask_in_box(self, key: str, text: str) -> None:
-        self.press(key)
+        def is_open() -> bool:
+            self.press(key)  # lost where nothing has the focus for a moment
+            try:
+                self.box.wait_for(timeout=5000)
+            except Error:
+                return False
+            return True
+
+        self.until(is_open)
         self.box.fill(text)
 
     def choose(self, title: str) -> None:
