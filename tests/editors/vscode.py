@@ -245,7 +245,7 @@ class Code:
             self.press("Home")
             for _ in range(first, last + 1):
                 self.press("Shift+ArrowDown")
-            return self.soon(lambda: place.count())
+            return self.soon(place.count)
 
         self.until(are_selected)
 
