@@ -5,6 +5,8 @@ int4 (`quantized`) is smaller, as exact, and several times as fast: this is for 
 imported when the first matrix is packed, since that takes seconds.
 """
 
+import logging
+import sys
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +28,9 @@ def why_unavailable() -> str | None:
 
 @cache
 def _bitsandbytes() -> Any:
+    # Where the package `kernels` is, bitsandbytes fetches code from the hub and runs it; without that it does its own, and complains.
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: PLC0415  # 2 to 4 s and 200 MB, for one precision
     import bitsandbytes.functional  # noqa: PLC0415
 

@@ -1,5 +1,6 @@
 """bitsandbytes' NF4 as a precision of the weights: what it loses, that it divides as the others do, and what is said without it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from model_host.placement import Demand, Device, Plan, Share, groups, in_words, 
 from model_host.tokenizer import Tokenizer
 from tests.model_host import twins
 from tests.model_host.loaded import CARD, CPU, greedy, in_ranks, quiet, whole
+
+REPOSITORY = Path(nf4.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,18 @@ def test_only_whoever_asks_for_it_pays_for_importing_it():
         "sys.exit('bitsandbytes' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_code_is_fetched_for_it_where_that_could_be(tmp_path: Path):
+    """bitsandbytes takes kernels from the hub as soon as the package for that is installed."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*what, **how):\n    raise SystemExit('fetched')\n")
+    code = (
+        "import torch; from model_host.nf4 import Nf4Stack; stack = Nf4Stack(1, 8, 64, torch.device('cpu'));"
+        "stack.put(0, 0, torch.randn(8, 64)); stack.product(torch.randn(1, 64), torch.zeros(1, dtype=torch.long))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_bitsandbytes_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch):
