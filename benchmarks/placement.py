@@ -9,7 +9,6 @@ one process. How many bits lose how much is measured by benchmarks.formats.
 """
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from benchmarks.engine import MID, TINY, in_own_process, read_bytes_per_s
 from benchmarks.gpu import device_seconds
 from benchmarks.report import Goal, report
+from model_host import nf4
 from model_host.batch import Span, Step
 from model_host.catalogue import Precision
 from model_host.checkpoints import checked_shards
@@ -115,9 +115,9 @@ def owned_bytes() -> int:
     return int(memory.rss - memory.shared)
 
 
-def measured(load: Callable[[], StepModel], imports: str) -> dict[str, float]:
-    """Loads a model and lets it decode, in a process that has done nothing else but import what is no part of the weights."""
-    importlib.import_module(imports)
+def measured(load: Callable[[], StepModel], begin: Callable[[], object]) -> dict[str, float]:
+    """Loads a model and lets it decode, in a process that has done nothing else but `begin`."""
+    begin()
     torch.zeros(64, 64) @ torch.zeros(64, 64)
     before, most, loaded = owned_bytes(), 0, threading.Event()
 
@@ -166,11 +166,11 @@ def gpu_read_bytes_per_s() -> float:
     return 2 * numbers.nbytes / device_seconds(numbers.device, lambda: copy.copy_(numbers))
 
 
-def alone(load: Callable[[], StepModel], imports: str = "torch") -> dict[str, float]:
+def alone(load: Callable[[], StepModel], begin: Callable[[], object] = torch.get_num_threads) -> dict[str, float]:
     """`measured` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(measured, (load, imports))
+        return pool.apply(measured, (load, begin))
 
 
 def plain_read_s(folder: Path, config: ModelConfig) -> float:
@@ -219,7 +219,7 @@ def main() -> None:
             for form, load in forms.items():
                 if (form, kind) == ("native", "nf4"):
                     continue  # the compiled kernels have none
-                found = alone(load(kind), "bitsandbytes" if kind == "nf4" else "torch")
+                found = alone(load(kind), nf4.bitsandbytes if kind == "nf4" else torch.get_num_threads)
                 found["load_over_plain_read"] = found.pop("load_s") / read_s
                 found["share_of_ceiling"] = found["decode_tokens_per_s"] * read_mb * 1e6 / bandwidth
                 metrics |= {f"{form}_{kind}_{name}": value for name, value in found.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model_host.errors import CheckpointError
-from model_host.quantized import by_expert, unfilled
+from model_host.quantized import by_expert, rows_together, unfilled
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -27,14 +27,15 @@ def why_unavailable() -> str | None:
 
 
 @cache
-def _bitsandbytes() -> Any:
+def bitsandbytes() -> Any:
+    """The library, imported."""
     # Where the package `kernels` is, bitsandbytes fetches code from the hub and runs it; without that it does its own, and complains.
     sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's way to say that there is none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: PLC0415  # 2 to 4 s and 200 MB, for one precision
+    import bitsandbytes as library  # noqa: PLC0415  # 2 to 4 s and 200 MB, for one precision
     import bitsandbytes.functional  # noqa: PLC0415
 
-    return bitsandbytes
+    return library
 
 
 class Nf4Stack(nn.Module):
@@ -49,11 +50,13 @@ class Nf4Stack(nn.Module):
         self.scales = unfilled((experts, rows, columns // BLOCK), torch.float32, device)
 
     def put(self, expert: int, first_row: int, weight: Tensor) -> None:
-        rows = slice(first_row, first_row + len(weight))
-        packed = weight.to(self.codes.device).contiguous()
-        codes, state = _bitsandbytes().functional.quantize_4bit(packed, blocksize=BLOCK, quant_type="nf4")
-        self.codes[expert, rows].copy_(codes.view(len(weight), -1))
-        self.scales[expert, rows].copy_(state.absmax.view(len(weight), -1))
+        quantize = bitsandbytes().functional.quantize_4bit
+        for some in weight.to(self.codes.device).split(rows_together(weight.shape[1], self.codes.device)):
+            rows = slice(first_row, first_row + len(some))
+            codes, state = quantize(some.contiguous(), blocksize=BLOCK, quant_type="nf4")
+            self.codes[expert, rows].copy_(codes.view(len(some), -1))
+            self.scales[expert, rows].copy_(state.absmax.view(len(some), -1))
+            first_row += len(some)
 
     def product(self, x: Tensor, choices: Tensor) -> Tensor:
         """Row i of x [n, columns] times the matrix of expert choices[i], which ascend -> [n, rows]"""
@@ -61,7 +64,7 @@ class Nf4Stack(nn.Module):
 
     def times(self, expert: int, x: Tensor) -> Tensor:
         """x [n, columns] -> [n, rows]; bitsandbytes unpacks the matrix for several rows, and reads it packed for one."""
-        foreign = _bitsandbytes()
+        foreign = bitsandbytes()
         state = foreign.functional.QuantState(
             absmax=self.scales[expert].flatten(),
             shape=torch.Size((self.rows, self.columns)),

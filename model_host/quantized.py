@@ -34,9 +34,14 @@ GATHERED = 24
 
 def pack(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     """weight [rows, columns] -> codes and scales, as they lie."""
-    together = max(PACKED_TOGETHER.get(weight.device.type, 1 << 22) // weight.shape[1], 1)
+    together = rows_together(weight.shape[1], weight.device)
     parts = [(_packed8 if bits == 8 else _packed4)(rows.float()) for rows in weight.split(together)]
     return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def rows_together(columns: int, device: torch.device) -> int:
+    """How many rows of a matrix are packed at a time."""
+    return max(PACKED_TOGETHER.get(device.type, 1 << 22) // columns, 1)
 
 
 def _packed8(weight: Tensor) -> tuple[Tensor, Tensor]:
