@@ -3,5 +3,9 @@ import { copyFileSync, readFileSync, writeFileSync } from "node:fs";
 
 copyFileSync("../../LICENSE", "LICENSE");
 copyFileSync("../../docs/pictures/vscode.png", "media/ghost.png");
-copyFileSync("../../docs/pictures/vscode-panel.png", "media/panel.png");
-writeFileSync("dist/README.md", readFileSync("README.md", "utf8").replace("../../docs/pictures/vscode-panel.png", "media/panel.png"));
+let readme = readFileSync("README.md", "utf8");
+for (const name of ["panel", "menu", "install"]) {
+    copyFileSync(`../../docs/pictures/vscode-${name}.png`, `media/${name}.png`);
+    readme = readme.replace(`../../docs/pictures/vscode-${name}.png`, `media/${name}.png`);
+}
+writeFileSync("dist/README.md", readme);
