@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 from lsprotocol import types
 
@@ -22,7 +21,6 @@ from model_host.errors import EngineError
 from model_host.generation import Cost, Engine, Fim, Generation, Priority, Request, Reuse, Sampling
 
 AHEAD_DEADLINE_S = 60.0
-IGNORED = "git ignores {name}, and such files are neither read nor completed unless inline.ignored_files is true."
 REST_S = 1.0
 """Whoever types nothing for so long rests."""
 
@@ -77,25 +75,25 @@ async def complete(
         return Answer(reason="Completions are switched off: inline.enabled is false.")
     if document is None:
         return Answer(reason="The document is not open: the editor has to send textDocument/didOpen first.")
-    if host.engine is None:
+    if (engine := host.engine) is None:
         return Answer(reason=host.message)
     if not document.contains(position):
         return Answer(reason=f"Line {position.line + 1} is outside the document, which has {document.line_count} lines.")
     snapshot = document.snapshot(position)
     if reason := context.refusal(snapshot, document.chars, settings.max_document_chars):
         return Answer(reason=reason)
-    if not settings.ignored_files and await asyncio.to_thread(is_ignored, snapshot.uri):
-        return Answer(reason=IGNORED.format(name=PurePosixPath(snapshot.path).name))
-    if reason := host.engine.facts.without_fim:
+    if not settings.ignored_files and (reason := await asyncio.to_thread(workspace.why_ignored, snapshot.uri)):
+        return Answer(reason=reason)
+    if reason := engine.facts.without_fim:
         return Answer(reason=reason)
     if text := filters.something(hole_at(snapshot, settings), memory.remembered.rest(snapshot)):
         return suggestion(snapshot, text)
     anchor = memory.anchors.at(snapshot, settings.context_tokens)
     memory.anchors.keep(snapshot.uri, anchor)
     memory.repository.use(snapshot.uri)
-    prompt = anchor.hole(snapshot, shown_path, memory.repository.block(repository_tokens(host.engine, settings)))
+    prompt = anchor.hole(snapshot, shown_path, memory.repository.block(repository_tokens(engine, settings)))
     try:
-        answer = await filled(host.engine, snapshot, prompt, settings, priority)
+        answer = await filled(engine, snapshot, prompt, settings, priority)
     except EngineError as error:
         return Answer(reason=str(error))
     if answer.text:
@@ -105,15 +103,15 @@ async def complete(
 
 async def think_ahead(host: Host, answer: Answer, shown_path: str, settings: InlineSettings, memory: Memory) -> None:
     """While the user looks at an answer, and nobody else wants the engine: asks for what would follow it once accepted; then rests."""
-    if host.engine is None:
+    if (engine := host.engine) is None:
         return
     patient = settings.model_copy(update={"deadline_s": AHEAD_DEADLINE_S})
     accepted = answer.accepted
     with contextlib.suppress(EngineError):
         if accepted and not memory.remembered.rest(accepted):
             anchor = memory.anchors.at(accepted, settings.context_tokens)
-            prompt = anchor.hole(accepted, shown_path, memory.repository.block(repository_tokens(host.engine, settings)))
-            ahead = await filled(host.engine, accepted, prompt, patient, Priority.BACKGROUND)
+            prompt = anchor.hole(accepted, shown_path, memory.repository.block(repository_tokens(engine, settings)))
+            ahead = await filled(engine, accepted, prompt, patient, Priority.BACKGROUND)
             if ahead.text:
                 memory.remembered.keep(accepted, with_newlines([ahead.text]))
     await rest(host, answer, shown_path, settings, memory)
@@ -123,18 +121,18 @@ async def rest(host: Host, answer: Answer, shown_path: str, settings: InlineSett
     """Moves the anchor to the line where the user rests and lets the repository's block grow, so that no keystroke has to: both count once
     the prompt that they give is computed."""
     asked = answer.asked
-    if host.engine is None or asked is None:
+    if (engine := host.engine) is None or asked is None:
         return
     await asyncio.sleep(REST_S)
     kept = memory.anchors.at(asked, settings.context_tokens)
     anchor = memory.anchors.moved(asked, settings.context_tokens) if kept.line < asked.line else kept
-    pieces = await memory.repository.grown(repository_tokens(host.engine, settings))
+    pieces = await memory.repository.grown(repository_tokens(engine, settings))
     if anchor is kept and pieces == memory.repository.pieces:
         return
     prompt = anchor.hole(asked, shown_path, text_of(pieces))
     request = Request(prompt=prompt, max_new_tokens=1, priority=Priority.BACKGROUND, reuse=Reuse(settings.reuse))
     with contextlib.suppress(EngineError):
-        async with host.engine.submit(request) as generation:
+        async with engine.submit(request) as generation:
             await generation.finished()
         memory.anchors.keep(asked.uri, anchor)
         memory.repository.keep(pieces)
@@ -143,15 +141,6 @@ async def rest(host: Host, answer: Answer, shown_path: str, settings: InlineSett
 def repository_tokens(engine: Engine, settings: InlineSettings) -> int:
     """How much is told of other files: what the user says, else what suits the model."""
     return engine.facts.repository_tokens if settings.repository_tokens < 0 else settings.repository_tokens
-
-
-def is_ignored(uri: str) -> bool:
-    """Whether git ignores a document; not, where nobody can tell. Reads files: not for the event loop."""
-    path = workspace.path_of(uri)
-    try:
-        return path is not None and workspace.is_ignored(path.resolve())
-    except (OSError, ValueError):
-        return False
 
 
 def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:

@@ -65,6 +65,18 @@ def is_own(path: Path, root: Path) -> bool:
     return not is_ignored(path, root)
 
 
+def why_ignored(uri: str) -> str | None:
+    """Why a document is not completed because git ignores it, as a sentence; None where it does not, or where nobody can tell. Reads files:
+    not for the event loop."""
+    path = path_of(uri)
+    try:
+        if path is None or not is_ignored(path.resolve()):
+            return None
+    except (OSError, ValueError):
+        return None
+    return f"git ignores {path.name}, and such files are not completed unless inline.ignored_files is true."
+
+
 def is_ignored(path: Path, top: Path | None = None) -> bool:
     """Whether the .gitignore files of the repository that a real path is in, or else those up to `top`, ignore it. Raises OSError or
     ValueError where one of them cannot be read or understood."""

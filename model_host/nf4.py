@@ -38,6 +38,13 @@ def bitsandbytes() -> Any:
     return library
 
 
+@cache
+def levels(device: torch.device) -> Tensor:
+    """The 16 numbers that a block's codes stand for, before its scale [16]."""
+    found: Tensor = bitsandbytes().functional.get_4bit_type("nf4", device=device)
+    return found
+
+
 class Nf4Stack(nn.Module):
     """Matrices of one shape, one an expert: [E, rows, columns]. As `quantized.Stack`, which see."""
 
@@ -69,7 +76,7 @@ class Nf4Stack(nn.Module):
             absmax=self.scales[expert].flatten(),
             shape=torch.Size((self.rows, self.columns)),
             dtype=x.dtype,
-            code=foreign.functional.get_4bit_type("nf4", device=x.device),
+            code=levels(x.device),
             blocksize=BLOCK,
             quant_type="nf4",
         )

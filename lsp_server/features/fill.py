@@ -1,10 +1,11 @@
 """The command `deepseek-lsp.fill`: fills the cursor's place, or the holes marked in a selection, by fill-in-the-middle."""
 
+import asyncio
 from typing import Any
 
 from pydantic import ValidationError
 
-from lsp_server import answering, ask, editing
+from lsp_server import answering, ask, editing, workspace
 from lsp_server.actions import filling, guard, workspace_edit
 from lsp_server.actions.filling import ToFill
 from lsp_server.activity import Activity, plain, refused, stop_with_request
@@ -38,6 +39,8 @@ async def done(server: Connection, asked: ToFill) -> int:
     if document is None:
         raise Refusal("The document is not open: the editor has to send textDocument/didOpen first.")
     if reason := guard.refusal(asked.uri, server.folders(), is_open=True):
+        raise Refusal(reason)
+    if not server.settings.inline.ignored_files and (reason := await asyncio.to_thread(workspace.why_ignored, asked.uri)):
         raise Refusal(reason)
     server.stop_ahead()
     snapshot = document.snapshot(answering.start_of(asked.range))

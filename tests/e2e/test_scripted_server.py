@@ -198,5 +198,9 @@ async def test_a_document_that_git_ignores_is_completed_only_if_the_user_says_so
         assert (found is not None) == allowed
         if not allowed:
             reason = (await running.status())["last"]["reason"]
-            assert reason.startswith("git ignores local_a.py, and such files are neither read nor completed unless inline.ignored_files")
+            assert reason.startswith("git ignores local_a.py, and such files are not completed unless inline.ignored_files")
+            here = {"line": 0, "character": 0}
+            fill = types.ExecuteCommandParams("deepseek-lsp.fill", [{"uri": ignored, "range": {"start": here, "end": here}}])
+            with pytest.raises(JsonRpcException, match=r"git ignores local_a\.py"):
+                await running.client.workspace_execute_command_async(fill)
         assert (await running.ghost(0, 0, other)).insert_text == "x = 1"
