@@ -40,10 +40,10 @@ async def done(server: Connection, asked: ToFill) -> int:
         raise Refusal("The document is not open: the editor has to send textDocument/didOpen first.")
     if reason := guard.refusal(asked.uri, server.folders(), is_open=True):
         raise Refusal(reason)
+    snapshot = document.snapshot(answering.start_of(asked.range))
     if not server.settings.inline.ignored_files and (reason := await asyncio.to_thread(workspace.why_ignored, asked.uri)):
         raise Refusal(reason)
     server.stop_ahead()
-    snapshot = document.snapshot(answering.start_of(asked.range))
     activity = Activity(server, "Filling in", "fill", asked.uri)
     path = server.shown_path(asked.uri)
     repository = server.memory.repository.block(ask.repository_tokens(engine, server.settings.inline))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,11 +48,24 @@ class Waiting(ScriptedEngine):
     def __init__(self) -> None:
         super().__init__([])
         self.waiting: dict[int, Generation] = {}
+        self.submitted = asyncio.Event()
+        self.standing: str | None = None
+        """What everything is answered with from now on, unless None."""
 
     def submit(self, request: Request) -> Generation:
         self.generations.append(Generation())
         self.waiting[len(self.generations) - 1] = self.generations[-1]
+        self.submitted.set()
+        if self.standing is not None:
+            self.answer(len(self.generations) - 1, self.standing)
         return self.generations[-1]
+
+    async def reached_by(self, question: asyncio.Task[Any]) -> None:
+        """Waits until a question just asked has come to the engine or to its end without it."""
+        self.submitted.clear()
+        submitted = asyncio.ensure_future(self.submitted.wait())
+        await asyncio.wait([question, submitted], return_when=asyncio.FIRST_COMPLETED)
+        submitted.cancel()
 
     def answer(self, number: int, text: str) -> None:
         if (generation := self.waiting.pop(number, None)) is not None:
@@ -149,12 +163,6 @@ async def connected(engine: ScriptedEngine) -> Connection:
     return server
 
 
-async def begun() -> None:
-    """Lets a question go as far as the engine."""
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
 async def played(operations: list[tuple]) -> None:
     engine = Waiting()
     server = await connected(engine)
@@ -176,9 +184,11 @@ async def played(operations: list[tuple]) -> None:
 
     async def settle(answer: str) -> None:
         """Everything that was asked comes to its end."""
+        engine.standing = answer
         for number in range(len(engine.generations)):
             engine.answer(number, answer)
         await collect(all_of_them=True)
+        engine.standing = None
 
     for what, *how in operations:
         if what == "type":
@@ -190,14 +200,14 @@ async def played(operations: list[tuple]) -> None:
             last = first if name in ("docstring", "todo", "explain_symbol") else types.Position(min(line + 3, len(lines) - 1), 0)
             wanted = asked_of(name, types.Range(first, last), version=editor.version, diagnostics=("x",), instruction="better")
             asked.append((name, asyncio.ensure_future(answering.perform(server, wanted))))
-            await begun()
+            await engine.reached_by(asked[-1][1])
         elif what == "fill":
             lines = editor.text.split("\n")
             line = min(how[0], len(lines) - 1)
             place = {"line": line, "character": min(how[1], len(lines[line]))}
             wanted = fill.understood({"uri": URI, "range": {"start": place, "end": place}, "version": editor.version})
             asked.append(("fill", asyncio.ensure_future(fill.done(server, wanted))))
-            await begun()
+            await engine.reached_by(asked[-1][1])
         elif what == "answer":
             engine.answer(how[0], how[1])
             await asyncio.sleep(0)
