@@ -134,6 +134,17 @@ def neovim(suite: str = "forky") -> Path:
     return once(f"neovim-{suite}", make)
 
 
+@functools.cache
+def tmux() -> Path:
+    """Debian's tmux, with the terminals it knows."""
+
+    def make(folder: Path) -> None:
+        debian("forky", ("tmux", "ncurses-base"), folder)
+        own_libraries(folder, "usr/bin/tmux")
+
+    return once("tmux-forky", make)
+
+
 NODE = {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
 """The environment in which node and npm are those that pip installed."""
 CODE_SERVER = "4.139.1"
@@ -234,7 +245,7 @@ def helix() -> Path:
 
 
 def everything() -> None:
-    for fetch in (neovim, lambda: neovim("trixie"), emacs, helix, chromium, code_server, extension):
+    for fetch in (neovim, lambda: neovim("trixie"), tmux, emacs, helix, chromium, code_server, extension):
         fetch()
 
 

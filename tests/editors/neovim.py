@@ -36,6 +36,14 @@ SETUP = """
 vim.opt.runtimepath:prepend({plugin})
 require("deepseek_lsp").setup(vim.json.decode({options}))
 """
+TMUX = """
+set -g default-terminal tmux-256color
+set -ga terminal-features ",*:RGB"
+set -g status off
+set -g destroy-unattached on
+set -g exit-empty on
+"""
+"""Ends with its terminal."""
 TAB, ESCAPE, ENTER = "\t", "\x1b", "\r"
 
 
@@ -58,7 +66,13 @@ def attached(socket: Path) -> pynvim.Nvim:
 
 class Neovim:
     def __init__(
-        self, folder: Path, suite: str = "forky", options: dict[str, Any] | None = None, before: str = "", setup: str = SETUP
+        self,
+        folder: Path,
+        suite: str = "forky",
+        options: dict[str, Any] | None = None,
+        before: str = "",
+        setup: str = SETUP,
+        in_tmux: bool = False,
     ) -> None:
         """An editor in `folder`, which gets an init.lua (with `before`, then `setup`), a socket and a home."""
         root = install.neovim(suite)
@@ -76,8 +90,13 @@ class Neovim:
             "HOME": str(folder / "home"),
             "XDG_STATE_HOME": str(folder / "home/state"),
         }
-        nvim = str(root / "usr/bin/nvim")
-        self.terminal = Terminal(nvim, "-u", str(init), "-i", "NONE", "--listen", str(socket), cwd=folder, env=env)
+        nvim = [str(root / "usr/bin/nvim"), "-u", str(init), "-i", "NONE", "--listen", str(socket)]
+        if in_tmux:
+            tmux, configuration = install.tmux(), folder / "tmux.conf"
+            configuration.write_text(TMUX)
+            nvim = [str(tmux / "usr/bin/tmux"), "-u", "-S", str(folder / "tmux"), "-f", str(configuration), "new-session", *nvim]
+            env["TERMINFO"] = str(tmux / "usr/share/terminfo")
+        self.terminal = Terminal(*nvim, cwd=folder, env=env)
         self._nvim = attached(socket)
         self.until(lambda: self.lua("return vim.v.vim_did_enter") == 1)
 

@@ -1,4 +1,5 @@
-"""The plugin in Neovim 0.12, whose ghost text is its own, and 0.10, where the plugin draws it; with the real server and the starter."""
+"""The plugin with the real server and the starter: in Neovim 0.12, whose ghost text is its own, on a screen within tmux, and in 0.10, where
+the plugin draws it."""
 
 import os
 import signal
@@ -14,15 +15,16 @@ from tests.editors.neovim import ENTER, ESCAPE, HOLE, INVENTORY, TAB, Neovim, st
 WORD, LINE = f"{ESCAPE}w", f"{ESCAPE}l"
 
 
-@pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12", "0.10"])
+@pytest.fixture(scope="module", params=["forky", "trixie"], ids=["0.12 in tmux", "0.10"])
 def neovim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neovim]:
-    with Neovim(tmp_path_factory.mktemp("neovim"), request.param).warm() as editor:
+    with Neovim(tmp_path_factory.mktemp("neovim"), request.param, in_tmux=request.param == "forky").warm() as editor:
         yield editor
 
 
 def test_what_is_typed_brings_ghost_text_on_the_screen_and_tab_takes_it(neovim: Neovim, pictures: Path):
     ghost = start_typing(neovim, "tab.py")
     assert ghost.startswith("eturn self.items[name]")
+    assert bool(neovim.lua("return vim.env.TMUX")) is (neovim.lua("return vim.fn.has('nvim-0.12')") == 1)
     screen = neovim.terminal.shows("return self.items[name]")
     assert neovim.buffer[HOLE] == " " * 8 + "r", screen
     neovim.terminal.draw(pictures / "neovim.svg", "Neovim")
