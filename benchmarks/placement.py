@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.engine import MID, TINY, in_own_process, read_bytes_per_s
-from benchmarks.gpu import device_seconds
+from benchmarks.gpu.clock import device_seconds
 from benchmarks.report import Goal, report
 from model_host import nf4
 from model_host.batch import Span, Step
