@@ -112,7 +112,8 @@ async def complete_and_show(file: Path, text: str, line: int, column: int | None
     """Prints the completion at a place, and the one after `typed`; says whether there was one."""
     console = Console(highlight=False, soft_wrap=True)
     host = Host()
-    await host.start(settings, lambda what, share: None)
+    briefly = settings.model_copy(update={"keep_model_s": 0.0})
+    await host.start(briefly, lambda what, share: None)
     if host.engine is None:
         typer.echo(host.message, err=True)
         return False

@@ -1,11 +1,11 @@
-"""The engine of one server, from "not started" to "ready" or "failed", loaded in the background.
+"""The engine of one server, from "not started" to "ready" or "failed", found or loaded in the background.
 
-Owns: the engine's life and the sentence that says where it stands. torch is imported on the loading thread only, so that
-`initialize` is answered before the 1 to 2 seconds that import takes.
+Owns: which kind of engine it is, its life, and the sentence that says where it stands.
 """
 
 import asyncio
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +16,12 @@ from typing import Any
 import platformdirs
 
 from lsp_server.settings import Settings
+from model_host import shared
 from model_host.errors import EngineError
 from model_host.generation import Engine, Progress
+from model_host.wanted import Wanted, load
 
+log = logging.getLogger(__name__)
 Load = Callable[[Settings, Progress], Engine]
 
 
@@ -46,24 +49,28 @@ def goal(settings: Settings) -> str:
 
 
 def load_local(settings: Settings, progress: Progress) -> Engine:
-    """Loads the checkpoint that `settings` names on this machine."""
-    progress("starting torch", 0.0)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, by torch: threads that wait actively starve each other and the editor
-    checkpoints = importlib.import_module("model_host.checkpoints")
-    engine = importlib.import_module("model_host.engine")
-    folder = checkpoints.locate(settings.model)
-    loaded: Engine = engine.load_engine(
-        folder,
+    """The checkpoint that `settings` names on this machine, in the process that all editors share, where the user does not forbid it."""
+    reason = shared.why_alone() if settings.share_model else ""
+    if reason is None:
+        return shared.connect(wanted(settings), keep_s=settings.keep_model_s, progress=progress)
+    if reason:
+        log.warning("The model is loaded for this editor alone: %s.", reason)
+    return load(wanted(settings), progress)
+
+
+def wanted(settings: Settings) -> Wanted:
+    folder = Path(settings.model).expanduser()
+    return Wanted(
+        model=str(folder.resolve()) if folder.is_dir() and settings.model != "starter" else settings.model,
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
         kernels=settings.kernels,
         cache_bytes=settings.cache_mb * 1_000_000,
         ram_bytes=settings.ram_cache_mb * 1_000_000,
-        disk=engine.Disk(latents_folder(), settings.disk_cache_mb * 1_000_000) if settings.disk_cache_mb else None,
-        progress=progress,
+        disk_folder=str(latents_folder()) if settings.disk_cache_mb else "",
+        disk_bytes=settings.disk_cache_mb * 1_000_000,
     )
-    return loaded
 
 
 def latents_folder() -> Path:

@@ -66,7 +66,7 @@ class Second:
             self._used_at = time.monotonic()
 
     async def _load(self, settings: Settings, report: Progress) -> None:
-        await self.host.start(settings.model_copy(update={"model": settings.chat_model}), report)
+        await self.host.start(settings.model_copy(update={"model": settings.chat_model, "keep_model_s": 0.0}), report)
         if self.host.engine is None:
             self._failed_at, self._failed_with = time.monotonic(), settings
             return

@@ -21,7 +21,7 @@ SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
 USER_LEVEL = frozenset(
     {
-        "model", "chat_model", "device", "dtype", "threads", "kernels", "cache_mb", "ram_cache_mb", "disk_cache_mb", "tests_python",
+        "model", "chat_model", "share_model", "keep_model_s", "device", "dtype", "threads", "kernels", "cache_mb", "ram_cache_mb", "disk_cache_mb", "tests_python",
         "engine", "remote",
     }
 )  # fmt: skip
@@ -103,6 +103,8 @@ class Settings(Part):
     engine: Literal["local", "openai"] = Field(default="local", description="'openai' asks the server of [remote] instead of this machine.")
 
     model: str = Field(default="starter", description="'starter', a checkpoint's folder, or a hub name that was downloaded.")
+    share_model: bool = Field(default=True, description="One process holds the model for all editors; false: each server has its own.")
+    keep_model_s: float = Field(default=300.0, ge=0, description="That process ends when no editor has used it for so long.")
     chat_model: str = Field(default="", description="Another checkpoint for actions and chat, loaded when first needed; empty: the same.")
     chat_idle_s: float = Field(default=900.0, ge=1, description="chat_model is let go when nobody asked it for so long.")
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")

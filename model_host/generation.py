@@ -177,10 +177,17 @@ class Generation:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _pieces: asyncio.Queue[str | TokenLogprob | Cost | Exception] = field(default_factory=asyncio.Queue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    _tell: Callable[[], None] = field(default=lambda: None)
 
     def cancel(self) -> None:
         """Asks the engine to stop within one decode step. Harmless when it has already ended."""
         self._cancelled.set()
+        self._tell()
+
+    def when_cancelled(self, tell: Callable[[], None]) -> None:
+        """For an engine that does not look at `is_cancelled` between its steps: `tell` is called with every cancellation from now on, in
+        whatever thread."""
+        self._tell = tell
 
     @property
     def is_cancelled(self) -> bool:
