@@ -21,8 +21,8 @@ SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
 USER_LEVEL = frozenset(
     {
-        "model", "chat_model", "share_model", "keep_model_s", "device", "dtype", "threads", "kernels", "cache_mb", "ram_cache_mb", "disk_cache_mb", "tests_python",
-        "engine", "remote",
+        "model", "chat_model", "share_model", "keep_model_s", "device", "dtype", "threads", "kernels", "cache_mb", "ram_cache_mb",
+        "disk_cache_mb", "tests_python", "engine", "remote",
     }
 )  # fmt: skip
 

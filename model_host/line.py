@@ -43,11 +43,12 @@ def plain(value: Any) -> Any:
 
 def read(kind: type[T], said: Any) -> T:
     """A dataclass from the table it was written as; raises pydantic's ValidationError where it is no such table."""
-    return adapter(kind).validate_python(said)
+    found: T = adapter(kind).validate_python(said)
+    return found
 
 
 @cache
-def adapter(kind: type[T]) -> TypeAdapter[T]:
+def adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -1,10 +1,11 @@
 """One process for a model, which all editors of a user share: found or started, and asked. Satisfies model_host.generation.Engine.
 
-Owns: where that process is met, who starts it, and what becomes of requests when it dies: they fail with a sentence, and the next one has it
-started anew. It is met at a socket in a folder that only the user can open; whoever wants the same model in the same way, with the
-same code, meets the same process. Knows nothing of torch.
+Owns: where that process is met, who starts it, and what becomes of requests when it dies: they fail with a sentence, and the next one
+has it started anew. It is met at a socket in a folder that only the user can open; whoever wants the same model in the same way, with
+the same code, meets the same process. Knows nothing of torch.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -35,7 +36,7 @@ RETRY_S = 30.0
 """A process that could not be started again is not tried at every keystroke."""
 MAX_FOLDER_BYTES = 80
 """A socket's name may have a hundred or so."""
-LOG_CHARS = 600
+LOG_CHARS = 300
 
 
 def why_alone() -> str | None:
@@ -88,10 +89,13 @@ class Place:
         return cls(name, name.with_suffix(".lock"), name.with_suffix(".log"))
 
     def last_words(self) -> str:
+        """What the log says of an end: the name of a crash, else its last line; nothing where that came without a word."""
         try:
-            return self.log.read_text("utf-8", "replace").strip()[-LOG_CHARS:]
+            lines = self.log.read_text("utf-8", "replace").split("\n")
         except OSError:
             return ""
+        said = [line.strip()[:LOG_CHARS] for line in lines if line.strip()]
+        return next((line for line in reversed(said) if line.startswith("Fatal ")), said[-1] if said else "")
 
 
 class Line:
@@ -121,10 +125,8 @@ class Line:
             return
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # which ends the wait of whoever reads
-        except OSError:
-            pass
         self._socket.close()
 
 
@@ -134,6 +136,7 @@ def started(wanted: Wanted, place: Place) -> subprocess.Popen[str]:
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "model_host.keeper"],  # -P: never code from the folder that the editor was started in
+            cwd="/",
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -184,7 +187,7 @@ def joined(wanted: Wanted, keep_s: float, progress: Progress) -> tuple[Line, Fac
 
 def in_words(place: Place) -> str:
     words = place.last_words()
-    return f" ({words})" if words else ", without a word, as it does when memory runs out"
+    return f" ({words}; see {place.log})" if words else ", without a word, as it does when memory runs out"
 
 
 def connect(wanted: Wanted, *, keep_s: float, progress: Progress) -> "SharedEngine":
