@@ -16,7 +16,7 @@ From it:
 import json
 from dataclasses import asdict, is_dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -25,8 +25,6 @@ from model_host.errors import EngineError
 from model_host.generation import TokenLogprob
 
 MAX_LINE_BYTES = 1 << 26
-
-T = TypeVar("T")
 
 
 def written(**said: Any) -> bytes:
@@ -41,10 +39,9 @@ def plain(value: Any) -> Any:
     return value.decode("latin-1")
 
 
-def read(kind: type[T], said: Any) -> T:
-    """A dataclass from the table it was written as; raises pydantic's ValidationError where it is no such table."""
-    found: T = adapter(kind).validate_python(said)
-    return found
+def read(kind: Any, said: Any) -> Any:
+    """A dataclass of this kind from the table it was written as; raises pydantic's ValidationError where it is no such table."""
+    return adapter(kind).validate_python(said)
 
 
 @cache

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -111,9 +111,18 @@ class Line:
             raise
         self._lines = self._socket.makefile("rb")
 
-    def say(self, **said: Any) -> None:
-        """Raises OSError when nobody is there any more."""
-        self._socket.sendall(written(**said))
+    def send(self, data: bytes) -> None:
+        """Waits until there is room for all of it. Raises OSError when nobody is there any more."""
+        self._socket.sendall(data)
+
+    def send_now(self, data: bytes) -> int:
+        """How much of it there was room for."""
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:  # nobody is there any more, which whoever reads notices
+            return len(data)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """What the process says until the connection ends."""
@@ -169,7 +178,7 @@ def joined(wanted: Wanted, keep_s: float, progress: Progress) -> tuple[Line, Fac
             continue
         met = False
         try:
-            line.say(keep_s=keep_s)
+            line.send(written(keep_s=keep_s))
             for said in line:
                 met = True
                 if "facts" in said:
@@ -198,7 +207,7 @@ def connect(wanted: Wanted, *, keep_s: float, progress: Progress) -> "SharedEngi
 
 
 class SharedEngine:
-    """Two threads talk with the process: one sends, so that the event loop never waits for it, and one reads."""
+    """A thread hears what the process says; another one sends what there was no room for, so that the event loop never waits."""
 
     def __init__(self, wanted: Wanted, keep_s: float, line: Line, facts: Facts) -> None:
         self._wanted, self._keep_s, self._facts = wanted, keep_s, facts
@@ -206,7 +215,9 @@ class SharedEngine:
         self._running: dict[int, Generation] = {}
         self._ids = itertools.count(1)
         self._line: Line | None = None
-        self._outgoing: queue.SimpleQueue[Callable[[Line], None] | None] = queue.SimpleQueue()
+        self._backlog: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._unsent = 0
+        """Pieces of the backlog."""
         self._is_closed = False
         self._trouble = ""
         """Why nothing can be asked now."""
@@ -229,7 +240,7 @@ class SharedEngine:
                 return generation
             number = next(self._ids)
             self._running[number] = generation
-            self._outgoing.put(lambda line: line.say(ask=number, request=request))
+            self._send(self._line, written(ask=number, request=request))
         generation.when_cancelled(lambda: self._cancel(number))
         return generation
 
@@ -240,13 +251,14 @@ class SharedEngine:
             waiting = self._forget()
         if line is not None:
             line.close()
-        self._outgoing.put(None)
+            self._backlog.put(b"")
         for generation in waiting:
             generation.feed(EngineClosed("The engine was shut down."))
 
     def _cancel(self, number: int) -> None:
-        if number in self._running:
-            self._outgoing.put(lambda line: line.say(cancel=number))
+        with self._lock:
+            if self._line is not None and number in self._running:
+                self._send(self._line, written(cancel=number))
 
     def _forget(self) -> list[Generation]:
         waiting = list(self._running.values())
@@ -254,17 +266,25 @@ class SharedEngine:
         return waiting
 
     def _talk(self, line: Line) -> None:
-        self._line, self._outgoing = line, queue.SimpleQueue()
-        threading.Thread(target=self._send, args=(line, self._outgoing), name="to the model", daemon=True).start()
+        self._line, self._backlog, self._unsent = line, queue.SimpleQueue(), 0
+        threading.Thread(target=self._send_rest, args=(line, self._backlog), name="to the model", daemon=True).start()
         threading.Thread(target=self._hear, args=(line,), name="from the model", daemon=True).start()
 
-    def _send(self, line: Line, outgoing: "queue.SimpleQueue[Callable[[Line], None] | None]") -> None:
-        while (say := outgoing.get()) is not None:
+    def _send(self, line: Line, data: bytes) -> None:
+        """What there is room for, at once. Called with the lock."""
+        rest = data if self._unsent else data[line.send_now(data) :]
+        if rest:
+            self._unsent += 1
+            self._backlog.put(rest)
+
+    def _send_rest(self, line: Line, backlog: "queue.SimpleQueue[bytes]") -> None:
+        while data := backlog.get():
             try:
-                say(line)
+                line.send(data)
             except OSError:
-                line.close()  # whoever reads notices
                 return
+            with self._lock:
+                self._unsent -= 1
 
     def _hear(self, line: Line) -> None:
         for said in line:
@@ -275,8 +295,8 @@ class SharedEngine:
             self._line = None
             self._trouble = f"The model's process has ended{in_words(Place.of(self._wanted))}; it is started anew with the next request."
             waiting = self._forget()
+            self._backlog.put(b"")
         line.close()
-        self._outgoing.put(None)
         for generation in waiting:
             generation.feed(EngineError(self._trouble))
 

@@ -1,6 +1,7 @@
 """One process for a model: found or started, shared, left, killed. Real processes with the starter."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -275,3 +276,19 @@ async def test_code_in_the_folder_that_an_editor_was_started_in_is_not_run(
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     assert await text_of(await in_thread(connect))
     assert not (tmp_path / "run").exists()
+
+
+async def test_a_process_that_stands_still_holds_up_nobody_who_asks(connect: Callable[..., SharedEngine]):
+    """Prompts that no socket has room for wait beside the event loop."""
+    engine = await in_thread(connect)
+    (process,) = keepers()
+    process.suspend()
+    asked = [engine.submit(dataclasses.replace(HOLE, prompt=Fim(prefix="x = 1\n" * 70_000, suffix=""))) for _ in range(3)]
+    for one in asked:
+        one.cancel()
+    last = engine.submit(HOLE)
+    process.resume()
+    assert (await last.finished()).new_tokens == HOLE.max_new_tokens
+    for one in asked:
+        with contextlib.suppress(RequestError):  # of so long a prompt, where that is noticed first
+            assert (await one.finished()).finish is Finish.CANCELLED
