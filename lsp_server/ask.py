@@ -154,7 +154,7 @@ def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:
 
 def suggestion(snapshot: Snapshot, text: str, cost: Cost | None = None) -> Answer:
     """The answer that inserts `text`, which has \n for line endings, at the snapshot's cursor."""
-    overlap = len(snapshot.after) if snapshot.after and text.endswith(snapshot.after) else 0
+    overlap = filters.brought(text, snapshot.after)
     own = text.replace("\n", snapshot.newline)
     return Answer(
         text=own,
