@@ -6,7 +6,7 @@ Owns: the session, the settings, the host, who may answer (`take_turn`), and wha
 import asyncio
 import logging
 import tempfile
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import PurePosixPath
@@ -26,7 +26,7 @@ from lsp_server.ask import Answer, Memory
 from lsp_server.host import Host
 from lsp_server.repository import Repository
 from lsp_server.second import Second
-from lsp_server.session import Session
+from lsp_server.session import UNNUMBERED, Session
 from lsp_server.settings import SECTION, Layer, Settings, merge, user_file, workspace_layer
 from model_host.generation import Cost
 from prompts import library
@@ -42,14 +42,21 @@ ACCEPTED = "deepseek-lsp.accepted"
 
 
 def converter() -> Converter:
-    """pygls's converter, lenient where clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0, and a request of
-    our own may come without parameters, which JSON-RPC allows."""
+    """pygls's converter, lenient where clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0, documents had no version
+    or null before LSP 3.16, and a request of our own may come without parameters, which JSON-RPC allows."""
     lenient: Converter = default_converter()
     strict = lenient.get_structure_hook(JsonRPCRequestMessage)
     lenient.register_structure_hook(JsonRPCRequestMessage, lambda value, kind: strict({"params": None} | value, kind))
+    for versioned in (types.TextDocumentItem, types.VersionedTextDocumentIdentifier):
+        lenient.register_structure_hook(versioned, numbered(lenient.get_structure_hook(versioned)))
     kind = types.InlineCompletionTriggerKind
     lenient.register_structure_hook(kind, lambda value, _: kind(value) if value in (1, 2) else kind.Invoked)
     return lenient
+
+
+def numbered(strict: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Reads what has a version also where the client gives none."""
+    return lambda value, kind: strict(value if value.get("version") is not None else {**value, "version": UNNUMBERED}, kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +95,19 @@ class Protocol(LanguageServerProtocol):
             )
             self._workspace = given
         return given
+
+    def structure_message(self, data: dict[str, Any]) -> Any:
+        """As pygls does it; but nobody waits for ever for the answer to a message, or to one of ours, that cannot be understood."""
+        try:
+            return super().structure_message(data)
+        except JsonRpcException as error:
+            what = data.get("method", "the answer to a request")
+            unclear = JsonRpcException(f"The editor sent {what} in a form that LSP does not have.", error.code)
+            if "id" in data and "method" in data:
+                self._send_response(data["id"], error=unclear.to_response_error())
+            elif "id" in data:
+                self._handle_response(data["id"], error=unclear.to_response_error())
+            raise unclear from error
 
 
 class Connection(LanguageServer):

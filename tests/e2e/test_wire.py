@@ -6,8 +6,9 @@ import sys
 from contextlib import AbstractAsyncContextManager
 
 import psutil
+import pytest
 
-from tests.wire import Wire, wire
+from tests.wire import URI, Wire, wire
 
 
 def scripted(*pieces: str | None) -> AbstractAsyncContextManager[Wire]:
@@ -74,3 +75,42 @@ async def test_nothing_to_show_is_an_empty_list_and_not_null():
         await server.open("x = \n")
         await server.ghost(2, 0, 4)
         assert (await server.answer(2))["result"] == {"items": []}
+
+
+@pytest.mark.parametrize("identifier", [{"version": None}, {}])
+async def test_changes_of_a_document_without_a_version_are_not_lost(identifier: dict[str, None]):
+    async with scripted("return 1") as server:
+        await server.start()
+        item = {"uri": URI, "languageId": "python", "text": "x = 1\n", **identifier}
+        await server.send(method="textDocument/didOpen", params={"textDocument": item})
+        end = {"line": 1, "character": 0}
+        change = {"range": {"start": end, "end": end}, "text": "def f():\n    "}
+        params = {"textDocument": {"uri": URI, **identifier}, "contentChanges": [change]}
+        await server.send(method="textDocument/didChange", params=params)
+        await server.ghost(3, 2, 4)
+        assert (await server.answer(3))["result"]["items"][0]["insertText"] == "return 1"
+        stale = {"action": "docstring", "uri": URI, "range": {"start": end, "end": end}, "version": -1}
+        await server.send(id=4, method="workspace/executeCommand", params={"command": "deepseek-lsp.run", "arguments": [stale]})
+        assert "changed since" in (await server.answer(4))["error"]["message"]
+
+
+async def test_a_request_that_is_not_understood_is_answered_with_what_is_wrong():
+    async with scripted("return 1") as server:
+        await server.start()
+        await server.send(id=2, method="textDocument/inlineCompletion", params={"position": "nowhere"})
+        error = (await server.answer(2))["error"]
+        assert error["code"] == -32602 and "textDocument/inlineCompletion" in error["message"]
+
+
+async def test_an_answer_of_the_editors_that_is_not_understood_ends_what_waits_for_it():
+    async with scripted("return 1") as server:
+        await server.start()
+        await server.open("def f():\n    ")
+        here = {"line": 1, "character": 4}
+        fill = {"command": "deepseek-lsp.fill", "arguments": [{"uri": URI, "range": {"start": here, "end": here}}]}
+        await server.send(id=2, method="workspace/executeCommand", params=fill)
+        async with asyncio.timeout(10):
+            while (message := await server.receive()).get("method") != "workspace/applyEdit":
+                pass
+        await server.send(id=message["id"], result={"nothing": "of this"})
+        assert "did not make the change" in (await server.answer(2))["error"]["message"]
