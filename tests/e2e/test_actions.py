@@ -364,6 +364,20 @@ async def test_tests_are_added_to_the_file_that_is_there(tmp_path: Path):
         assert [(edit.range.start.line, edit.range.end.line) for edit in change.edits] == [(1, 1), (5, 5)]
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_tests_are_written_into_a_file_that_is_there_and_empty(tmp_path: Path, is_open: bool):
+    (tmp_path / "test_shop.py").write_text("")
+    async with editor(*scripted(TESTS)) as running:
+        action = await with_project(running, tmp_path, able())
+        if is_open:
+            running.open("", uri=(tmp_path / "test_shop.py").as_uri())
+        resolved = await running.client.code_action_resolve_async(action)
+        (change,) = resolved.edit.document_changes
+        (edit,) = change.edits
+        assert edit.new_text == "from shop import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n"
+        assert edit.range == types.Range(types.Position(0, 0), types.Position(0, 0))
+
+
 async def test_tests_are_added_to_a_class_that_is_there(tmp_path: Path):
     source, tests = tmp_path / "src/main/java/Cart.java", tmp_path / "src/test/java/CartTest.java"
     for file, text in ((source, "class Cart {\n    int total() {\n        return 0;\n    }\n}\n"), (tests, "class CartTest {\n}\n")):
