@@ -3,6 +3,8 @@
 from lsprotocol import types
 
 from lsp_server import ask
+from lsp_server.activity import own_capabilities
+from lsp_server.anchors import with_newlines
 from lsp_server.connection import ACCEPTED, Connection
 
 
@@ -21,5 +23,6 @@ def register(server: Connection) -> None:
         if not answer.text:
             return types.InlineCompletionList(items=[])  # Neovim takes null for no answer and goes on showing the last one
         command = types.Command(title="Report that a suggestion was accepted", command=ACCEPTED, arguments=[len(answer.text)])
-        item = types.InlineCompletionItem(insert_text=answer.text, range=answer.range, command=command)
+        text = with_newlines([answer.text]) if own_capabilities(server).get("newlines") else answer.text
+        item = types.InlineCompletionItem(insert_text=text, range=answer.range, command=command)
         return types.InlineCompletionList(items=[item])

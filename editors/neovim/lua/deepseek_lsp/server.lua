@@ -23,7 +23,7 @@ local function config_of(options)
   capabilities.textDocument.codeAction.resolveSupport = { properties = { "command" } } -- changes come by `action`, which shows them first
   capabilities.workspace.workspaceEdit.documentChanges = true
   capabilities.workspace.workspaceEdit.changeAnnotationSupport = { groupsOnLabel = true }
-  capabilities.experimental = { deepseekLsp = { stream = true, input = true } }
+  capabilities.experimental = { deepseekLsp = { stream = true, input = true, newlines = true } }
   local function chosen(...)
     require("deepseek_lsp.action").chosen(...)
   end
