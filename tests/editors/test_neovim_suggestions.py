@@ -35,3 +35,16 @@ def test_in_a_file_with_the_lines_of_dos_a_suggestion_has_its_line_endings_and_n
     neovim.until(lambda: not neovim.lua("return vim.bo.modified"))
     lines = "".join(SAID).split("\n")[:taken]
     assert (neovim.folder / name).read_bytes().decode() == "".join(f"{line}\r\n" for line in ["import os", "", *lines])
+
+
+def test_a_file_of_a_second_project_has_ghost_text_and_what_is_taken_is_counted_by_its_own_server(neovim: Neovim):
+    (neovim.folder / "other/.git").mkdir(parents=True)
+    neovim.open("other/second.py", "import os\n\n")
+    neovim.until_attached()
+    clients = neovim.lua("return vim.tbl_map(function(one) return one.id end, vim.lsp.get_clients({ name = 'deepseek_lsp' }))")
+    assert len(clients) == 2
+    neovim.terminal.press("Go")
+    assert neovim.until_ghost() == "".join(SAID)
+    neovim.terminal.press(TAB)
+    neovim.until(lambda: neovim.buffer[2:] == "".join(SAID).split("\n"))
+    neovim.until(lambda: neovim.status["requests"]["accepted"] == 1)
