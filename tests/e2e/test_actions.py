@@ -60,9 +60,11 @@ async def begin(running: Editor, client: types.ClientCapabilities, text: str = S
     return running
 
 
-async def listed(running: Editor, range: types.Range | None = None, diagnostics: tuple[types.Diagnostic, ...] = ()) -> dict[str, Any]:
+async def listed(
+    running: Editor, range: types.Range | None = None, diagnostics: tuple[types.Diagnostic, ...] = (), uri: str = URI
+) -> dict[str, Any]:
     params = types.CodeActionParams(
-        types.TextDocumentIdentifier(URI), range or types.Range(HERE, HERE), types.CodeActionContext(diagnostics=list(diagnostics))
+        types.TextDocumentIdentifier(uri), range or types.Range(HERE, HERE), types.CodeActionContext(diagnostics=list(diagnostics))
     )
     found = await running.client.text_document_code_action_async(params)
     return {action.title: action for action in found or []}
@@ -173,6 +175,14 @@ async def test_an_edit_for_a_version_that_is_gone_is_refused(fixing: Editor):
     with pytest.raises(JsonRpcException, match="changed since") as error:
         await fixing.client.code_action_resolve_async(action)
     assert error.value.code == types.LSPErrorCodes.ContentModified
+
+
+async def test_a_document_in_no_file_yet_is_changed_as_any_other(fixing: Editor):
+    await begin(fixing, able())
+    fixing.open(SHOP, uri="untitled:Untitled-1")
+    found = await listed(fixing, diagnostics=(DIAGNOSTIC,), uri="untitled:Untitled-1")
+    (change,) = (await fixing.client.code_action_resolve_async(found["Fix this with the model"])).edit.document_changes
+    assert change.text_document.uri == "untitled:Untitled-1" and len(change.edits) == 1
 
 
 async def test_typing_while_the_model_answers_ends_the_answer_and_changes_nothing():
