@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -122,7 +123,7 @@ class Connection(LanguageServer):
         self.second = Second()
         self.user_layers = layers
         self.client_layers: dict[str, Layer] = {}
-        self.problems = problems
+        self.client_problems: dict[str, list[str]] = {}
         self.settings = Settings()
         self.last: Answer = Answer(reason="Nothing was asked for yet.")
         self.last_action: LastAction | None = None
@@ -133,23 +134,28 @@ class Connection(LanguageServer):
         """The last of them; one that is taken back and written again does not count twice."""
         self.memory = Memory(repository=Repository(self.session, self.folders))
         self.actions, wrong = library.load(user_file().parent / "actions")
-        self.problems += wrong
+        self.user_problems = [*problems, *wrong]
+        self.problems: list[str] = []
+        """What is wrong in the settings as they are now."""
         self.conversations = Conversations()
         self.explained = Explained()
         self.shown_files: tempfile.TemporaryDirectory[str] | None = None
         self._turns: dict[str, asyncio.Task[Answer]] = {}
         self._ahead: asyncio.Task[None] | None = None
-        self.apply_settings([])
+        self.apply_settings()
 
-    def apply_settings(self, problems: list[str]) -> None:
-        """Merges all layers anew; tells the user of every value that was left out."""
+    def take_layer(self, name: str, layer: Layer, problems: list[str]) -> None:
+        """Takes what the client set, in the place of what it set before under this name."""
+        self.client_layers[name], self.client_problems[name] = layer, problems
+        self.apply_settings()
+
+    def apply_settings(self) -> None:
+        """Merges all layers anew."""
         before = self.settings
         self.settings, wrong = merge([*self.user_layers, *self.client_layers.values()])
         if self.settings != before:
             self.memory.remembered.forget()
-        for problem in [*problems, *wrong]:
-            if problem not in self.problems:
-                self.problems.append(problem)
+        self.problems = list(dict.fromkeys([*self.user_problems, *chain(*self.client_problems.values()), *wrong]))
 
     def folders(self) -> list[str]:
         """The workspace's, as URIs."""
@@ -224,9 +230,8 @@ class Connection(LanguageServer):
                 values = next(iter(await self.workspace_configuration_async(asked)), None)
             except JsonRpcException as error:
                 log.warning("workspace/configuration was refused: %s", error)
-        known = len(self.problems)
-        layer, problems = workspace_layer(values)
-        self.client_layers["workspace"] = layer
-        self.apply_settings(problems)
-        for problem in self.problems[known:]:
-            self.tell(problem, types.MessageType.Warning)
+        known = self.problems
+        self.take_layer("workspace", *workspace_layer(values))
+        for problem in self.problems:
+            if problem not in known:
+                self.tell(problem, types.MessageType.Warning)

@@ -15,9 +15,7 @@ def register(server: Connection) -> None:
     @server.feature(types.INITIALIZE)
     async def initialize(params: types.InitializeParams) -> None:
         server.session.encoding = Encoding(server.workspace.position_encoding)
-        layer, problems = table_layer("the editor's initializationOptions", params.initialization_options)
-        server.client_layers["initialize"] = layer
-        server.apply_settings(problems)
+        server.take_layer("initialize", *table_layer("the editor's initializationOptions", params.initialization_options))
 
     @server.feature(types.INITIALIZED)
     async def initialized(params: types.InitializedParams) -> None:

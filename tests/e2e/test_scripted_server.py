@@ -155,6 +155,16 @@ async def test_a_bad_setting_is_reported_by_name_and_the_rest_applies(speaking: 
     assert settings["inline"]["max_lines"] == 12 and settings["model"] == "starter"
 
 
+async def test_a_bad_setting_that_was_put_right_is_no_problem_any_more_and_is_told_again_when_it_comes_back(speaking: Editor):
+    await speaking.start({"nonsense": 1})
+    for max_lines, problems, told in (("many", 2, 2), (3, 1, 2), ("many", 2, 3)):
+        speaking.client.set_configuration({"deepseek-lsp": {"inline": {"max_lines": max_lines}}})
+        speaking.client.workspace_did_change_configuration(types.DidChangeConfigurationParams(settings=None))
+        async with asyncio.timeout(5):
+            while len((await speaking.status())["problems"]) != problems or len(speaking.client.messages) != told:
+                await asyncio.sleep(0.01)
+
+
 async def test_changed_configuration_is_read_again(speaking: Editor):
     await speaking.start()
     speaking.open("def f():\n    ")

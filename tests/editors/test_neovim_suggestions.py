@@ -1,7 +1,6 @@
 """How suggestions get into buffers that are not as usual, in Neovim 0.12 and 0.10, with a server whose model says what stands here."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

@@ -147,10 +147,10 @@ async def test_what_follows_an_accepted_suggestion_is_there_before_it_is_asked_f
 def test_settings_sent_again_unchanged_forget_nothing_and_changed_ones_do():
     server = Connection([], [], Host())
     server.memory.remembered.keep(snapshot("x = |"), "1")
-    server.apply_settings([])
+    server.apply_settings()
     assert server.memory.remembered.rest(snapshot("x = |")) == "1"
     server.client_layers["workspace"] = Layer("a test", {"inline": {"max_lines": 1}})
-    server.apply_settings([])
+    server.apply_settings()
     assert not server.memory.remembered.rest(snapshot("x = |"))
 
 
