@@ -114,3 +114,16 @@ async def test_an_answer_of_the_editors_that_is_not_understood_ends_what_waits_f
                 pass
         await server.send(id=message["id"], result={"nothing": "of this"})
         assert "did not make the change" in (await server.answer(2))["error"]["message"]
+
+
+@pytest.mark.parametrize(("level", "problems"), [("debug", 0), ("loud", 1)])
+async def test_how_much_is_logged_is_no_setting_and_a_word_for_it_that_is_not_known_is_told(
+    monkeypatch: pytest.MonkeyPatch, level: str, problems: int
+):
+    monkeypatch.setenv("DEEPSEEK_LSP_LOG", level)
+    async with wire(sys.executable, "-m", "lsp_server") as server:
+        await server.send(id=1, method="initialize", params={"capabilities": {}})
+        await server.answer(1)
+        await server.send(id=2, method="deepseek/status")
+        found = (await server.answer(2))["result"]["problems"]
+        assert len(found) == problems and all("DEEPSEEK_LSP_LOG=LOUD" in problem for problem in found)
