@@ -127,3 +127,21 @@ async def test_how_much_is_logged_is_no_setting_and_a_word_for_it_that_is_not_kn
         await server.send(id=2, method="deepseek/status")
         found = (await server.answer(2))["result"]["problems"]
         assert len(found) == problems and all("DEEPSEEK_LSP_LOG=LOUD" in problem for problem in found)
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["refuses", "is silent"])
+async def test_the_model_is_loaded_also_for_a_client_that_refuses_what_it_is_asked_or_says_nothing_to_it(answers: bool):
+    can = {
+        "window": {"workDoneProgress": True},
+        "workspace": {"configuration": True, "didChangeConfiguration": {"dynamicRegistration": True}},
+    }
+    async with wire(sys.executable, "-m", "lsp_server") as server:
+        options = {"model": "/nowhere"}
+        await server.send(id=1, method="initialize", params={"capabilities": can, "initializationOptions": options})
+        await server.answer(1)
+        await server.send(method="initialized", params={})
+        async with asyncio.timeout(30):
+            while (message := await server.receive()).get("method") != "window/showMessage":
+                if answers and "id" in message:
+                    await server.send(id=message["id"], error={"code": -32601, "message": "no"})
+        assert "/nowhere" in message["params"]["message"]
