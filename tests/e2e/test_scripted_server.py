@@ -107,6 +107,20 @@ async def test_completion_offers_the_same_text_over_the_word_being_typed(speakin
     assert item.filter_text == "foo"
 
 
+async def test_an_item_stands_over_the_word_it_was_asked_for_also_when_the_document_changed_meanwhile(thinking: Editor):
+    await thinking.start({"inline": {"deadline_s": 0.5}})
+    thinking.open('"🙂" foo')
+    asking = asyncio.ensure_future(thinking.menu(0, 8))
+    await thinking.status()  # answered behind the request, which is running by then
+    thinking.client.text_document_did_change(
+        types.DidChangeTextDocumentParams(
+            types.VersionedTextDocumentIdentifier(version=1, uri=URI), [types.TextDocumentContentChangeWholeDocument(text="")]
+        )
+    )
+    (item,) = await asking
+    assert item.text_edit.range == types.Range(types.Position(0, 5), types.Position(0, 8)) and item.text_edit.new_text == "fooret"
+
+
 async def test_a_newer_request_cancels_the_older_which_is_answered_null(thinking: Editor):
     await thinking.start()
     thinking.open("x = \n")
