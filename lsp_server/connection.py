@@ -124,6 +124,7 @@ class Connection(LanguageServer):
         self.user_layers = layers
         self.client_layers: dict[str, Layer] = {}
         self.client_problems: dict[str, list[str]] = {}
+        self.has_one_root = False
         self.settings = Settings()
         self.last: Answer = Answer(reason="Nothing was asked for yet.")
         self.last_action: LastAction | None = None
@@ -158,14 +159,15 @@ class Connection(LanguageServer):
         self.problems = list(dict.fromkeys([*self.user_problems, *chain(*self.client_problems.values()), *wrong]))
 
     def folders(self) -> list[str]:
-        """The workspace's, as URIs."""
-        return [folder.uri for folder in self.workspace.folders.values()]
+        """The workspace's, as URIs; the one root of a client that has no list of them."""
+        listed = [folder.uri for folder in self.workspace.folders.values()]
+        return listed or [root for root in [self.workspace.root_uri] if root and self.has_one_root]
 
     def shown_path(self, uri: str) -> str:
         """The document's path below its workspace folder, or its name."""
         path = PurePosixPath(unquote(urlsplit(uri).path))
-        for folder in self.workspace.folders.values():
-            root = PurePosixPath(unquote(urlsplit(folder.uri).path))
+        for folder in self.folders():
+            root = PurePosixPath(unquote(urlsplit(folder).path))
             if path.is_relative_to(root):
                 return str(path.relative_to(root))
         return path.name

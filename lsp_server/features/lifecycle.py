@@ -16,6 +16,7 @@ from lsp_server.settings import table_layer
 def register(server: Connection) -> None:
     @server.feature(types.INITIALIZE)
     async def initialize(params: types.InitializeParams) -> None:
+        server.has_one_root = not params.workspace_folders
         server.session.encoding = Encoding(server.workspace.position_encoding)
         server.take_layer("initialize", *table_layer("the editor's initializationOptions", params.initialization_options))
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -145,3 +146,36 @@ async def test_the_model_is_loaded_also_for_a_client_that_refuses_what_it_is_ask
                 if answers and "id" in message:
                     await server.send(id=message["id"], error={"code": -32601, "message": "no"})
         assert "/nowhere" in message["params"]["message"]
+
+
+async def test_a_client_with_one_root_and_no_list_of_folders_has_that_folder(tmp_path: Path):
+    text = "def add(a, b):\n    return a + b\n"
+    (tmp_path / "shop.py").write_text(text)
+    here = {"line": 0, "character": 4}
+    document = {"uri": (tmp_path / "shop.py").as_uri()}
+    async with scripted("```python\nfrom shop import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n```") as server:
+        can = {"workspace": {"workspaceEdit": {"documentChanges": True, "resourceOperations": ["create"]}}}
+        await server.send(id=1, method="initialize", params={"rootUri": tmp_path.as_uri(), "workspaceFolders": None, "capabilities": can})
+        await server.answer(1)
+        await server.send(method="initialized", params={})
+        item = {**document, "languageId": "python", "version": 1, "text": text}
+        await server.send(method="textDocument/didOpen", params={"textDocument": item})
+        asked = {"action": "tests", **document, "range": {"start": here, "end": here}}
+        await server.send(id=2, method="workspace/executeCommand", params={"command": "deepseek-lsp.run", "arguments": [asked]})
+        async with asyncio.timeout(20):
+            while (message := await server.receive()).get("method") != "workspace/applyEdit":
+                assert "error" not in message, message
+        assert message["params"]["edit"]["documentChanges"][0]["uri"] == (tmp_path / "tests/test_shop.py").as_uri()
+
+
+async def test_whoever_asks_for_actions_of_the_empty_kind_gets_all_of_them():
+    async with scripted("x") as server:
+        await server.start()
+        await server.open("def f():\n    return 1\n")
+        titles = []
+        for id, only in ((2, None), (3, [""]), (4, ["refactor"])):
+            here = {"line": 0, "character": 0}
+            params = {"textDocument": {"uri": URI}, "range": {"start": here, "end": here}, "context": {"diagnostics": [], "only": only}}
+            await server.send(id=id, method="textDocument/codeAction", params=params)
+            titles.append([action["title"] for action in (await server.answer(id))["result"]])
+        assert titles[0] == titles[1] and set(titles[2]) < set(titles[0])
