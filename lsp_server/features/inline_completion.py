@@ -13,7 +13,15 @@ def register(server: Connection) -> None:
     async def inline_completion(params: types.InlineCompletionParams) -> types.InlineCompletionList | None:
         uri = params.text_document.uri
         path, settings = server.shown_path(uri), server.settings.inline
-        work = ask.complete(server.host, server.session.find(uri), params.position, path, settings, server.memory)
+        work = ask.complete(
+            server.host,
+            server.session.find(uri),
+            params.position,
+            path,
+            settings,
+            server.memory,
+            selected=params.context.selected_completion_info,
+        )
         answer = await server.take_turn(f"inline {uri}", work)
         if answer is None:
             return None

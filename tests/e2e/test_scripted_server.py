@@ -74,6 +74,29 @@ async def test_the_next_suggestion_is_thought_of_ahead_and_given_up_when_the_use
         assert (await thinking.ghost(line, 4)).insert_text == "ret"
 
 
+async def test_beside_a_menu_ghost_text_goes_on_behind_the_selected_item_since_editors_show_no_other():
+    async with editor(*scripted("_of(x)")) as running:
+        await running.start()
+        running.open('show("🙂", self.na)\n')
+
+        async def ghost(start: int, end: int, text: str) -> types.InlineCompletionItem:
+            word = types.Range(types.Position(0, start), types.Position(0, end))
+            context = types.InlineCompletionContext(
+                types.InlineCompletionTriggerKind.Automatic, types.SelectedCompletionInfo(range=word, text=text)
+            )
+            params = types.InlineCompletionParams(context, types.TextDocumentIdentifier(URI), types.Position(0, 18))
+            (item,) = (await running.client.text_document_inline_completion_async(params)).items
+            return item
+
+        item = await ghost(16, 18, "name")
+        assert item.insert_text == "name_of(x)"
+        assert item.range == types.Range(types.Position(0, 16), types.Position(0, 18))
+        running.type(0, 18, "me")
+        assert (await running.ghost(0, 20)).insert_text == "_of(x)"
+        item = await ghost(3, 5, "of elsewhere")  # which is not the word at the cursor
+        assert item.insert_text == "_of(x)" and item.range.start == types.Position(0, 18)
+
+
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", 22), ("utf-16", 18), ("utf-32", 16)])
 async def test_positions_count_in_the_negotiated_encoding(speaking: Editor, encoding: str, character: int):
     result = await speaking.start(encodings=[encoding])
