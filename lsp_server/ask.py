@@ -81,9 +81,8 @@ async def complete(
     if not document.contains(position):
         return Answer(reason=f"Line {position.line + 1} is outside the document, which has {document.line_count} lines.")
     snapshot = document.snapshot(position)
-    if selected and selected.range.end == position and selected.range.start.line == position.line:
-        start = document.snapshot(selected.range.start)
-        snapshot = start.with_text(selected.text, snapshot.column - start.column)
+    if selected and (with_item := once_selected(document, position, selected, memory)):
+        snapshot = with_item
     else:
         selected = None
     if reason := context.refusal(snapshot, document.chars, settings.max_document_chars):
@@ -105,6 +104,18 @@ async def complete(
     if answer.text:
         memory.remembered.keep(snapshot, with_newlines([answer.text]))
     return behind(selected, replace(answer, asked=snapshot))
+
+
+def once_selected(document: Document, position: types.Position, selected: types.SelectedCompletionInfo, memory: Memory) -> Snapshot | None:
+    """The document once the selected item is taken; None for an item that does not end at the cursor, and for one that the last suggestion
+    there begins with anyhow, such as our own."""
+    if selected.range.end != position or selected.range.start.line != position.line:
+        return None
+    snapshot, start = document.snapshot(position), document.snapshot(selected.range.start)
+    typed = snapshot.before[start.column :]
+    if (typed + memory.remembered.rest(snapshot)).startswith(with_newlines([selected.text])):
+        return None
+    return start.with_text(selected.text, len(typed))
 
 
 def behind(selected: types.SelectedCompletionInfo | None, answer: Answer) -> Answer:

@@ -88,6 +88,9 @@ async def test_beside_a_menu_ghost_text_goes_on_behind_the_selected_item_since_e
             (item,) = (await running.client.text_document_inline_completion_async(params)).items
             return item
 
+        (own,) = await running.menu(0, 18)
+        assert own.text_edit.new_text == "na_of(x)"
+        assert (await ghost(16, 18, own.text_edit.new_text)).insert_text == "_of(x)"
         item = await ghost(16, 18, "name")
         assert item.insert_text == "name_of(x)"
         assert item.range == types.Range(types.Position(0, 16), types.Position(0, 18))
