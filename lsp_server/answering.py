@@ -13,6 +13,7 @@ from lsprotocol import types
 
 from lsp_server.actions import joining_tests, prompting, reading, tasks, workspace_edit, writing_tests
 from lsp_server.actions.explained import Explanation
+from lsp_server.actions.regions import Change
 from lsp_server.actions.suites import Plan
 from lsp_server.actions.tasks import Asked, Span, Task
 from lsp_server.actions.writing_tests import Watched
@@ -136,32 +137,36 @@ async def tests_written(server: Connection, engine: Engine, task: Task, activity
     """Tests for a symbol as an edit of the file they belong in; one that does not work is mended once."""
     settings = server.settings.actions
     plan = await asyncio.to_thread(writing_tests.plan, task, server.folders())
-    target = next((document for document in map(server.session.find, server.session.uris) if document and is_file(document, plan)), None)
-    if target is not None:
-        plan = replace(plan, existing=target.text)
+    if (document := opened(server, plan)) is not None:
+        plan = replace(plan, existing=document.text)
     watched = Watched(heard=activity.heard, start_over=activity.start_over)
     code, notes = await writing_tests.write(engine, task, plan, settings, server.settings.tests_python, watched)
-    edit = await tests_edit(server, task, plan, target, code)
+    edit = await tests_edit(server, task, plan, code)
     return Done(title=task.title, edit=edit, notes=notes)
 
 
-def is_file(document: Document, plan: Plan) -> bool:
-    return path_of(document.uri) == plan.suite.file
+def opened(server: Connection, plan: Plan) -> Document | None:
+    """The document of the file that the tests go into."""
+    documents = map(server.session.find, server.session.uris)
+    return next((document for document in documents if document and path_of(document.uri) == plan.suite.file), None)
 
 
-async def tests_edit(server: Connection, task: Task, plan: Plan, target: Document | None, code: str) -> types.WorkspaceEdit:
+async def tests_edit(server: Connection, task: Task, plan: Plan, code: str) -> types.WorkspaceEdit:
     """A new file, or an addition to the one that is there, open or not. Raises Refusal when it changed meanwhile."""
-    uri = target.uri if target else plan.suite.file.as_uri()
-    if target is None and not plan.existing:
-        if plan.suite.file.exists():
-            raise Stale(f"{plan.suite.file.name} appeared while the model answered, so nothing is written. Ask again.")
-        return workspace_edit.new_file(server.client_capabilities, uri, code.rstrip("\n") + "\n", task.title)
-    item = types.TextDocumentItem(uri, task.snapshot.language, 0, plan.existing)
-    snapshot = (target or Document(item, server.session.encoding)).snapshot(types.Position(0, 0))
-    if target is None:
-        snapshot = replace(snapshot, version=None)
-    changes = await asyncio.to_thread(joining_tests.changes, snapshot.lines, snapshot.newline, task.snapshot.language, code)
-    if target is not None and target.text != plan.existing:
-        raise Stale(f"{plan.suite.file.name} changed while the model answered, so nothing is added. Ask again.")
+    file, text = plan.suite.file, code.rstrip("\n") + "\n"
+    planned = Document(types.TextDocumentItem(file.as_uri(), task.snapshot.language, 0, plan.existing), server.session.encoding)
+    start = types.Position(0, 0)
+    before = planned.snapshot(start)
+    if plan.existing.strip():
+        changes = await asyncio.to_thread(joining_tests.changes, before.lines, before.newline, task.snapshot.language, code)
+    else:
+        changes = [Change(0, len(before.lines), text.replace("\n", before.newline))]
+    on_disk = await asyncio.to_thread(writing_tests.text_of, file)
+    document = opened(server, plan)
+    if (document.text if document else on_disk or "") != plan.existing:
+        raise Stale(f"{file.name} changed while the model answered, so nothing is added. Ask again.")
+    if document is None and on_disk is None:
+        return workspace_edit.new_file(server.client_capabilities, file.as_uri(), text, task.title)
+    snapshot = document.snapshot(start) if document else replace(before, version=None)
     edits = workspace_edit.text_edits(snapshot, changes)
     return workspace_edit.edit_of(server.client_capabilities, snapshot, edits, task.title, confirm=True)

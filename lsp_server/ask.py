@@ -68,9 +68,10 @@ async def complete(
     settings: InlineSettings,
     memory: Memory,
     priority: Priority = Priority.INLINE,
+    selected: types.SelectedCompletionInfo | None = None,
 ) -> Answer:
-    """What to insert at `position`: from memory where that holds, else from the model. Cancelling this coroutine cancels the
-    generation."""
+    """What to insert at `position`: from memory where that holds, else from the model. With an item `selected` in a menu of the editor's,
+    what goes on behind that item, with the item in front. Cancelling this coroutine cancels the generation."""
     if not settings.enabled:
         return Answer(reason="Completions are switched off: inline.enabled is false.")
     if document is None:
@@ -80,6 +81,10 @@ async def complete(
     if not document.contains(position):
         return Answer(reason=f"Line {position.line + 1} is outside the document, which has {document.line_count} lines.")
     snapshot = document.snapshot(position)
+    if selected and (with_item := once_selected(document, position, selected, memory)):
+        snapshot = with_item
+    else:
+        selected = None
     if reason := context.refusal(snapshot, document.chars, settings.max_document_chars):
         return Answer(reason=reason)
     if not settings.ignored_files and (reason := await asyncio.to_thread(workspace.why_ignored, snapshot.uri)):
@@ -87,7 +92,7 @@ async def complete(
     if reason := engine.facts.without_fim:
         return Answer(reason=reason)
     if text := filters.something(hole_at(snapshot, settings), memory.remembered.rest(snapshot)):
-        return suggestion(snapshot, text)
+        return behind(selected, suggestion(snapshot, text))
     anchor = memory.anchors.at(snapshot, settings.context_tokens)
     memory.anchors.keep(snapshot.uri, anchor)
     memory.repository.use(snapshot.uri)
@@ -98,7 +103,28 @@ async def complete(
         return Answer(reason=str(error))
     if answer.text:
         memory.remembered.keep(snapshot, with_newlines([answer.text]))
-    return replace(answer, asked=snapshot)
+    return behind(selected, replace(answer, asked=snapshot))
+
+
+def once_selected(document: Document, position: types.Position, selected: types.SelectedCompletionInfo, memory: Memory) -> Snapshot | None:
+    """The document once the selected item is taken; None for an item that does not end at the cursor, and for one that the last suggestion
+    there begins with anyhow, such as our own."""
+    if selected.range.end != position or selected.range.start.line != position.line:
+        return None
+    snapshot, start = document.snapshot(position), document.snapshot(selected.range.start)
+    typed = snapshot.before[start.column :]
+    if (typed + memory.remembered.rest(snapshot)).startswith(with_newlines([selected.text])):
+        return None
+    return start.with_text(selected.text, len(typed))
+
+
+def behind(selected: types.SelectedCompletionInfo | None, answer: Answer) -> Answer:
+    """The answer for a document without the selected item: it brings the item along, over what was typed of it."""
+    if selected is None or answer.range is None:
+        return answer
+    covered = answer.range.end.character - answer.range.start.character
+    end = types.Position(selected.range.end.line, selected.range.end.character + covered)
+    return replace(answer, text=selected.text + answer.text, range=types.Range(selected.range.start, end))
 
 
 async def think_ahead(host: Host, answer: Answer, shown_path: str, settings: InlineSettings, memory: Memory) -> None:
@@ -154,7 +180,7 @@ def hole_at(snapshot: Snapshot, settings: InlineSettings) -> filters.Hole:
 
 def suggestion(snapshot: Snapshot, text: str, cost: Cost | None = None) -> Answer:
     """The answer that inserts `text`, which has \n for line endings, at the snapshot's cursor."""
-    overlap = len(snapshot.after) if snapshot.after and text.endswith(snapshot.after) else 0
+    overlap = filters.brought(text, snapshot.after)
     own = text.replace("\n", snapshot.newline)
     return Answer(
         text=own,

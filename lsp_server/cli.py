@@ -25,7 +25,7 @@ from lsp_server.host import Host, remote_endpoint
 from lsp_server.languages import language_of
 from lsp_server.server import create_server
 from lsp_server.session import Document, Encoding
-from lsp_server.settings import INSTEAD, Settings, merge, user_file, user_settings
+from lsp_server.settings import INSTEAD, LOG_VARIABLE, Settings, merge, user_file, user_settings
 from model_host.errors import EngineError
 from model_host.generation import Facts
 from prompts import library
@@ -65,10 +65,14 @@ def serve(stdio: Annotated[bool, STDIO] = False) -> None:
     wire = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    logging.basicConfig(level=os.environ.get("DEEPSEEK_LSP_LOG", "WARNING").upper(), stream=sys.stderr)
+    wanted = os.environ.get(LOG_VARIABLE, "WARNING").upper()
+    level = logging.getLevelNamesMapping().get(wanted)
+    logging.basicConfig(level=level or logging.WARNING, stream=sys.stderr)
     logging.getLogger("pygls").setLevel(logging.WARNING)  # below, pygls logs whole messages, and with them the user's text
     logging.getLogger("pygls.protocol.json_rpc").addFilter(is_news)
     layers, problems = user_settings()
+    if level is None:
+        problems.append(f"{LOG_VARIABLE}={wanted} is left out: write DEBUG, INFO, WARNING or ERROR.")
     server = create_server(layers, problems, Host())
     try:
         server.start_io(sys.stdin.buffer, wire)

@@ -6,9 +6,10 @@ Owns: the session, the settings, the host, who may answer (`take_turn`), and wha
 import asyncio
 import logging
 import tempfile
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,7 +27,7 @@ from lsp_server.ask import Answer, Memory
 from lsp_server.host import Host
 from lsp_server.repository import Repository
 from lsp_server.second import Second
-from lsp_server.session import Session
+from lsp_server.session import UNNUMBERED, Session
 from lsp_server.settings import SECTION, Layer, Settings, merge, user_file, workspace_layer
 from model_host.generation import Cost
 from prompts import library
@@ -42,14 +43,21 @@ ACCEPTED = "deepseek-lsp.accepted"
 
 
 def converter() -> Converter:
-    """pygls's converter, lenient where clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0, and a request of
-    our own may come without parameters, which JSON-RPC allows."""
+    """pygls's converter, lenient where clients differ: the first drafts of LSP 3.18 numbered trigger kinds from 0, documents had no version
+    or null before LSP 3.16, and a request of our own may come without parameters, which JSON-RPC allows."""
     lenient: Converter = default_converter()
     strict = lenient.get_structure_hook(JsonRPCRequestMessage)
     lenient.register_structure_hook(JsonRPCRequestMessage, lambda value, kind: strict({"params": None} | value, kind))
+    for versioned in (types.TextDocumentItem, types.VersionedTextDocumentIdentifier):
+        lenient.register_structure_hook(versioned, numbered(lenient.get_structure_hook(versioned)))
     kind = types.InlineCompletionTriggerKind
     lenient.register_structure_hook(kind, lambda value, _: kind(value) if value in (1, 2) else kind.Invoked)
     return lenient
+
+
+def numbered(strict: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Reads what has a version also where the client gives none."""
+    return lambda value, kind: strict(value if value.get("version") is not None else {**value, "version": UNNUMBERED}, kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +97,19 @@ class Protocol(LanguageServerProtocol):
             self._workspace = given
         return given
 
+    def structure_message(self, data: dict[str, Any]) -> Any:
+        """As pygls does it; but nobody waits for ever for the answer to a message, or to one of ours, that cannot be understood."""
+        try:
+            return super().structure_message(data)
+        except JsonRpcException as error:
+            what = data.get("method", "the answer to a request")
+            unclear = JsonRpcException(f"The editor sent {what} in a form that LSP does not have.", error.code)
+            if "id" in data and "method" in data:
+                self._send_response(data["id"], error=unclear.to_response_error())
+            elif "id" in data:
+                self._handle_response(data["id"], error=unclear.to_response_error())
+            raise unclear from error
+
 
 class Connection(LanguageServer):
     """The pygls server of one connection."""
@@ -102,7 +123,8 @@ class Connection(LanguageServer):
         self.second = Second()
         self.user_layers = layers
         self.client_layers: dict[str, Layer] = {}
-        self.problems = problems
+        self.client_problems: dict[str, list[str]] = {}
+        self.has_one_root = False
         self.settings = Settings()
         self.last: Answer = Answer(reason="Nothing was asked for yet.")
         self.last_action: LastAction | None = None
@@ -113,33 +135,39 @@ class Connection(LanguageServer):
         """The last of them; one that is taken back and written again does not count twice."""
         self.memory = Memory(repository=Repository(self.session, self.folders))
         self.actions, wrong = library.load(user_file().parent / "actions")
-        self.problems += wrong
+        self.user_problems = [*problems, *wrong]
+        self.problems: list[str] = []
+        """What is wrong in the settings as they are now."""
         self.conversations = Conversations()
         self.explained = Explained()
         self.shown_files: tempfile.TemporaryDirectory[str] | None = None
         self._turns: dict[str, asyncio.Task[Answer]] = {}
         self._ahead: asyncio.Task[None] | None = None
-        self.apply_settings([])
+        self.apply_settings()
 
-    def apply_settings(self, problems: list[str]) -> None:
-        """Merges all layers anew; tells the user of every value that was left out."""
+    def take_layer(self, name: str, layer: Layer, problems: list[str]) -> None:
+        """Takes what the client set, in the place of what it set before under this name."""
+        self.client_layers[name], self.client_problems[name] = layer, problems
+        self.apply_settings()
+
+    def apply_settings(self) -> None:
+        """Merges all layers anew."""
         before = self.settings
         self.settings, wrong = merge([*self.user_layers, *self.client_layers.values()])
         if self.settings != before:
             self.memory.remembered.forget()
-        for problem in [*problems, *wrong]:
-            if problem not in self.problems:
-                self.problems.append(problem)
+        self.problems = list(dict.fromkeys([*self.user_problems, *chain(*self.client_problems.values()), *wrong]))
 
     def folders(self) -> list[str]:
-        """The workspace's, as URIs."""
-        return [folder.uri for folder in self.workspace.folders.values()]
+        """The workspace's, as URIs; the one root of a client that has no list of them."""
+        listed = [folder.uri for folder in self.workspace.folders.values()]
+        return listed or [root for root in [self.workspace.root_uri] if root and self.has_one_root]
 
     def shown_path(self, uri: str) -> str:
         """The document's path below its workspace folder, or its name."""
         path = PurePosixPath(unquote(urlsplit(uri).path))
-        for folder in self.workspace.folders.values():
-            root = PurePosixPath(unquote(urlsplit(folder.uri).path))
+        for folder in self.folders():
+            root = PurePosixPath(unquote(urlsplit(folder).path))
             if path.is_relative_to(root):
                 return str(path.relative_to(root))
         return path.name
@@ -204,9 +232,8 @@ class Connection(LanguageServer):
                 values = next(iter(await self.workspace_configuration_async(asked)), None)
             except JsonRpcException as error:
                 log.warning("workspace/configuration was refused: %s", error)
-        known = len(self.problems)
-        layer, problems = workspace_layer(values)
-        self.client_layers["workspace"] = layer
-        self.apply_settings(problems)
-        for problem in self.problems[known:]:
-            self.tell(problem, types.MessageType.Warning)
+        known = self.problems
+        self.take_layer("workspace", *workspace_layer(values))
+        for problem in self.problems:
+            if problem not in known:
+                self.tell(problem, types.MessageType.Warning)

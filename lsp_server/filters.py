@@ -4,10 +4,14 @@ Owns: taste. A filter takes the hole and the text so far and gives the text to s
 nothing of models or of LSP.
 """
 
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 CLOSERS = ")]}>\"'`,;:"
+QUOTES = "\"'`"
+CLOSED_BY = {"(": ")", "[": "]", "{": "}"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +90,39 @@ def shown(hole: Hole, text: str) -> str:
     for apply in FILTERS:
         text = apply(hole, text)
     return text
+
+
+def brought(text: str, after: str) -> int:
+    """How many of the characters behind the cursor the text brings along, so that they make room for it: all of them where it ends with
+    them, else the brackets and quotes there that it closes. A bracket that the text opens itself is its own to close."""
+    closing = list(itertools.takewhile(lambda letter: letter in QUOTES or letter in CLOSED_BY.values(), after))
+    rest = after[len(closing) :]
+    if not closing:
+        return len(after) if after and text.endswith(after) else 0
+    open_outside, open_within = closing[::-1], list[str]()
+    at = 0
+    while at < len(text) and open_outside:
+        letter, closer = text[at], (open_within or open_outside)[-1]
+        at += 1
+        if not open_within and closer in QUOTES:  # the cursor is in a string
+            if letter == closer:
+                open_outside.pop()
+            at += letter == "\\"
+        elif letter in QUOTES:
+            at = end_of_string(text, at, letter)
+        elif letter in CLOSED_BY:
+            open_within.append(CLOSED_BY[letter])
+        elif letter == closer:
+            (open_within or open_outside).pop()
+    if not open_outside and text.endswith(rest):
+        return len(after)
+    return len(closing) - len(open_outside)
+
+
+def end_of_string(text: str, at: int, quote: str) -> int:
+    """Behind the string that begins at `at`; `at` itself where none ends on its line, as behind an apostrophe."""
+    ends = re.compile(rf"(?:[^\\\n{quote}]|\\.)*{quote}").match(text, at)
+    return ends.end() if ends else at
 
 
 def is_complete(hole: Hole, text: str) -> bool:

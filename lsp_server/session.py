@@ -14,6 +14,8 @@ from lsprotocol import types
 
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+\Z")
 Encoding = types.PositionEncodingKind
+UNNUMBERED = -1
+"""The version of a document whose client gives it none: then changes are counted here."""
 
 
 def split_lines(text: str) -> list[str]:
@@ -170,7 +172,8 @@ class Session:
         if document is not None:
             for change in params.content_changes:
                 document.change(change)
-            document.version = params.text_document.version
+            version = params.text_document.version
+            document.version = document.version + 1 if version == UNNUMBERED else version
 
     def close(self, uri: str) -> None:
         self._documents.pop(uri, None)

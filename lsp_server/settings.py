@@ -19,6 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 SECTION = "deepseek-lsp"
 ENVIRONMENT_PREFIX = "DEEPSEEK_LSP_"
+LOG_VARIABLE = ENVIRONMENT_PREFIX + "LOG"
+"""How much is logged; no setting."""
 USER_LEVEL = frozenset(
     {
         "model", "chat_model", "share_model", "keep_model_s", "device", "dtype", "threads", "kernels", "cache_mb", "ram_cache_mb",
@@ -188,12 +190,12 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
     """DEEPSEEK_LSP_INLINE__MAX_LINES=3 is inline.max_lines = 3."""
     values: dict[str, Any] = {}
     for name, value in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX):
-            *tables, leaf = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-            table = values
-            for part in tables:
-                table = table.setdefault(part, {})
-            table[leaf] = value
+        if name.startswith(ENVIRONMENT_PREFIX) and name != LOG_VARIABLE:
+            path = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            nested: Any = value
+            for part in reversed(path):
+                nested = {part: nested}
+            values = overlaid(values, nested)
     return Layer("the environment", values)
 
 

@@ -81,7 +81,10 @@ async def filled(
     for number, hole in enumerate(wanted):
         here = at_hole(snapshot, wanted, texts, number)
         prompt = Anchors().moved(here, settings.actions.context_tokens).hole(here, shown_path, repository)
-        texts.append(await words(engine, here, prompt, hole.instruction, settings, heard))
+        text = await words(engine, here, prompt, hole.instruction, settings, heard)
+        behind = snapshot.lines[hole.line][hole.column + hole.length :].rstrip("\r\n")
+        wanted[number] = replace(hole, length=hole.length + filters.brought(text, behind))
+        texts.append(text)
         if document.version != snapshot.version:
             raise Stale("The document changed while the model answered, so nothing is filled. Ask again.")
     if not any(texts):

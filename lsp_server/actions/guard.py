@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import platformdirs
 
@@ -26,6 +27,8 @@ FILES = (
 )
 NAMES = frozenset((FOLDERS + " " + FILES).split())
 ENDINGS = (".code-workspace", ".sublime-project", ".pth")
+UNSAVED = "untitled:"
+"""What VS Code names a document by that is in no file yet; it may have the path of the file it will be."""
 SHORT_NAME = re.compile(r"(\.?\w{1,6})~\d")
 """What Windows calls a longer name: GIT~1."""
 
@@ -45,19 +48,24 @@ def is_protected(path: Path) -> bool:
     return path.is_relative_to(platformdirs.user_config_path("deepseek-lsp", appauthor=False))
 
 
+def protection(path: Path) -> str:
+    return f"{path.name} is configuration that other programs act on, so the model's answers are never written there: change it by hand."
+
+
 def refusal(uri: str, folders: Sequence[str], *, is_open: bool) -> str | None:
     """Why the file at `uri` is not edited, as a sentence; None when it may be. `folders` are the workspace's, as URIs. Without any, a
-    document that the user has open may be edited."""
+    document that the user has open may be edited; one that is in no file yet, always: it is the user's to save."""
     path = path_of(uri)
+    if path is None and is_open and uri.startswith(UNSAVED):
+        name = Path(unquote(uri.removeprefix(UNSAVED)))
+        return protection(name) if is_protected(name) else None
     if path is None:
         return f"Only files of this machine are edited, and {uri.split(':', 1)[0]}: is another kind of place."
     if ".." in path.parts:
         return f"{path.name} is named by a path with .. in it, and such a file is not edited."
     real = path.resolve()
     if is_protected(path) or is_protected(real):
-        return (
-            f"{path.name} is configuration that other programs act on, so the model's answers are never written there: change it by hand."
-        )
+        return protection(path)
     if not any(map(path_of, folders)) and is_open and not path.is_symlink():
         return None
     if root_of(path, folders) is None:

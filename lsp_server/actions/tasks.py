@@ -158,7 +158,7 @@ def region_of(action: Action, asked: Asked, snapshot: Snapshot) -> Region:
     lines, span = snapshot.lines, asked.range
     symbol = None
     first, last = span.start.line, min(span.end.line, len(lines) - 1)
-    if last > first and span.end.character == 0:
+    if last > first and span.end.line == last and span.end.character == 0:
         last -= 1
     match action.head.applies_to:
         case "symbol":

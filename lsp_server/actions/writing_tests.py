@@ -7,6 +7,7 @@ already, `joining_tests`; what an editor makes of it is another's matter.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lsp_server.actions import checking_tests, guard, prompting, reading, sandbox, suites
 from lsp_server.actions.extraction import fence_language
@@ -32,11 +33,15 @@ def plan(task: Task, folders: Sequence[str]) -> Plan:
         raise Refusal(f"How tests are written in {task.snapshot.language} is not known here: ask for them in the chat.")
     if reason := guard.refusal(suite.file.as_uri(), folders, is_open=False):
         raise Refusal(reason)
+    return Plan(root=root, source=source, suite=suite, existing=text_of(suite.file) or "")
+
+
+def text_of(file: Path) -> str | None:
+    """What is in a file of tests; None where there is no such file. Raises Refusal."""
     try:
-        existing = suite.file.read_bytes().decode("utf-8") if suite.file.exists() else ""
+        return file.read_bytes().decode("utf-8") if file.exists() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{suite.file.name} is there already and cannot be read: {error}") from error
-    return Plan(root=root, source=source, suite=suite, existing=existing)
+        raise Refusal(f"{file.name} is there already and cannot be read: {error}") from error
 
 
 def part(plan: Plan, language: str, importance: int) -> Part:

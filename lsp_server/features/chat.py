@@ -119,7 +119,7 @@ async def acted(server: Connection, params: ChatParams, name: str, instruction: 
         raise Refusal(f"/{name} needs to know where: refer to a selection or a place in a file.")
     first = params.references[0]
     document = server.session.find(first.uri)
-    whole = Span(start=Place(line=0, character=0), end=Place(line=max(document.line_count - 1, 0) if document else 0, character=0))
+    whole = Span(start=Place(line=0, character=0), end=Place(line=document.line_count if document else 0, character=0))
     asked = Asked(action=action.name, uri=first.uri, range=first.range or whole, diagnostics=first.diagnostics, instruction=instruction)
     done = await answering.perform(server, asked, params.stream)
     conversation = await kept(server, params.conversation, first, done) if done.words else params.conversation

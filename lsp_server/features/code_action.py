@@ -31,7 +31,7 @@ def register(server: Connection) -> None:
         found: list[types.Command | types.CodeAction] = []
         for action in server.actions:
             head = action.head
-            if params.context.only and not any(head.kind == only or head.kind.startswith(f"{only}.") for only in params.context.only):
+            if params.context.only and not any(is_of(head.kind, only) for only in params.context.only):
                 continue
             if (title := tasks.fits(action, snapshot, span_asked, len(diagnostics))) is None:
                 continue
@@ -63,6 +63,11 @@ def register(server: Connection) -> None:
             server.tell(f"{action.title}: {note}")
         action.edit = done.edit
         return action
+
+
+def is_of(kind: str, asked: str) -> bool:
+    """Whether a kind of action is the one that is asked for, or one of it; the empty one is all of them."""
+    return not asked or kind == asked or kind.startswith(f"{asked}.")
 
 
 def span_of(range: types.Range) -> Span:

@@ -6,6 +6,7 @@ from lsprotocol import types
 
 from lsp_server import ask
 from lsp_server.connection import ACCEPTED, Connection
+from lsp_server.session import units
 from model_host.generation import Priority
 
 WORD = re.compile(r"(?:\w[\w-]*)?\Z")
@@ -30,8 +31,8 @@ def register(server: Connection) -> None:
             return types.CompletionList(is_incomplete=True, items=[])
         # clients match and replace from the start of the word, so the item brings the typed part of it along
         word = (WORD.search(answer.before) or [""])[0]
-        snapshot = document.snapshot(params.position)
-        start = snapshot.range(max(snapshot.column - len(word), 0), snapshot.column).start
+        here = answer.range.start
+        start = types.Position(here.line, here.character - units(word, server.session.encoding))
         whole = word + answer.text
         first_line = whole.strip().splitlines()[0]
         item = types.CompletionItem(

@@ -3,6 +3,8 @@
 from lsprotocol import types
 
 from lsp_server import ask
+from lsp_server.activity import own_capabilities
+from lsp_server.anchors import with_newlines
 from lsp_server.connection import ACCEPTED, Connection
 
 
@@ -11,7 +13,15 @@ def register(server: Connection) -> None:
     async def inline_completion(params: types.InlineCompletionParams) -> types.InlineCompletionList | None:
         uri = params.text_document.uri
         path, settings = server.shown_path(uri), server.settings.inline
-        work = ask.complete(server.host, server.session.find(uri), params.position, path, settings, server.memory)
+        work = ask.complete(
+            server.host,
+            server.session.find(uri),
+            params.position,
+            path,
+            settings,
+            server.memory,
+            selected=params.context.selected_completion_info,
+        )
         answer = await server.take_turn(f"inline {uri}", work)
         if answer is None:
             return None
@@ -21,5 +31,6 @@ def register(server: Connection) -> None:
         if not answer.text:
             return types.InlineCompletionList(items=[])  # Neovim takes null for no answer and goes on showing the last one
         command = types.Command(title="Report that a suggestion was accepted", command=ACCEPTED, arguments=[len(answer.text)])
-        item = types.InlineCompletionItem(insert_text=answer.text, range=answer.range, command=command)
+        text = with_newlines([answer.text]) if own_capabilities(server).get("newlines") else answer.text
+        item = types.InlineCompletionItem(insert_text=text, range=answer.range, command=command)
         return types.InlineCompletionList(items=[item])

@@ -60,9 +60,11 @@ async def begin(running: Editor, client: types.ClientCapabilities, text: str = S
     return running
 
 
-async def listed(running: Editor, range: types.Range | None = None, diagnostics: tuple[types.Diagnostic, ...] = ()) -> dict[str, Any]:
+async def listed(
+    running: Editor, range: types.Range | None = None, diagnostics: tuple[types.Diagnostic, ...] = (), uri: str = URI
+) -> dict[str, Any]:
     params = types.CodeActionParams(
-        types.TextDocumentIdentifier(URI), range or types.Range(HERE, HERE), types.CodeActionContext(diagnostics=list(diagnostics))
+        types.TextDocumentIdentifier(uri), range or types.Range(HERE, HERE), types.CodeActionContext(diagnostics=list(diagnostics))
     )
     found = await running.client.text_document_code_action_async(params)
     return {action.title: action for action in found or []}
@@ -173,6 +175,14 @@ async def test_an_edit_for_a_version_that_is_gone_is_refused(fixing: Editor):
     with pytest.raises(JsonRpcException, match="changed since") as error:
         await fixing.client.code_action_resolve_async(action)
     assert error.value.code == types.LSPErrorCodes.ContentModified
+
+
+async def test_a_document_in_no_file_yet_is_changed_as_any_other(fixing: Editor):
+    await begin(fixing, able())
+    fixing.open(SHOP, uri="untitled:Untitled-1")
+    found = await listed(fixing, diagnostics=(DIAGNOSTIC,), uri="untitled:Untitled-1")
+    (change,) = (await fixing.client.code_action_resolve_async(found["Fix this with the model"])).edit.document_changes
+    assert change.text_document.uri == "untitled:Untitled-1" and len(change.edits) == 1
 
 
 async def test_typing_while_the_model_answers_ends_the_answer_and_changes_nothing():
@@ -362,6 +372,20 @@ async def test_tests_are_added_to_the_file_that_is_there(tmp_path: Path):
         (change,) = resolved.edit.document_changes
         assert change.text_document.uri == (tmp_path / "test_shop.py").as_uri() and change.text_document.version is None
         assert [(edit.range.start.line, edit.range.end.line) for edit in change.edits] == [(1, 1), (5, 5)]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_tests_are_written_into_a_file_that_is_there_and_empty(tmp_path: Path, is_open: bool):
+    (tmp_path / "test_shop.py").write_text("")
+    async with editor(*scripted(TESTS)) as running:
+        action = await with_project(running, tmp_path, able())
+        if is_open:
+            running.open("", uri=(tmp_path / "test_shop.py").as_uri())
+        resolved = await running.client.code_action_resolve_async(action)
+        (change,) = resolved.edit.document_changes
+        (edit,) = change.edits
+        assert edit.new_text == "from shop import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n"
+        assert edit.range == types.Range(types.Position(0, 0), types.Position(0, 0))
 
 
 async def test_tests_are_added_to_a_class_that_is_there(tmp_path: Path):

@@ -60,6 +60,16 @@ async def test_a_slash_form_is_the_action_at_the_first_reference(speaking: Edito
         await chat(speaking, "/nothing at all")
 
 
+async def test_a_slash_form_at_a_whole_file_means_its_last_line_too_when_that_has_no_ending():
+    async with editor(sys.executable, "-m", "tests.scripted", json.dumps({"pieces": ["```python\na = 1\nb = 3\n```"]})) as running:
+        await running.start()
+        running.open("a = 1\nb = 2")
+        answer = await chat(running, "/simplify", references=[{"uri": URI}])
+        (edit,) = answer["edit"]["documentChanges"][0]["edits"]
+        assert edit["newText"] == "b = 3" and edit["range"]["start"] == {"line": 1, "character": 0}
+        assert edit["range"]["end"] == {"line": 1, "character": 5}
+
+
 async def test_a_question_can_follow_what_an_action_said(speaking: Editor):
     explained = await chat(speaking, "/explain_symbol", references=[{"uri": URI, "range": HERE}])
     second = await chat(speaking, "Sure?", conversation=explained["conversation"])

@@ -74,6 +74,32 @@ async def test_the_next_suggestion_is_thought_of_ahead_and_given_up_when_the_use
         assert (await thinking.ghost(line, 4)).insert_text == "ret"
 
 
+async def test_beside_a_menu_ghost_text_goes_on_behind_the_selected_item_since_editors_show_no_other():
+    async with editor(*scripted("_of(x)")) as running:
+        await running.start()
+        running.open('show("🙂", self.na)\n')
+
+        async def ghost(start: int, end: int, text: str) -> types.InlineCompletionItem:
+            word = types.Range(types.Position(0, start), types.Position(0, end))
+            context = types.InlineCompletionContext(
+                types.InlineCompletionTriggerKind.Automatic, types.SelectedCompletionInfo(range=word, text=text)
+            )
+            params = types.InlineCompletionParams(context, types.TextDocumentIdentifier(URI), types.Position(0, 18))
+            (item,) = (await running.client.text_document_inline_completion_async(params)).items
+            return item
+
+        (own,) = await running.menu(0, 18)
+        assert own.text_edit.new_text == "na_of(x)"
+        assert (await ghost(16, 18, own.text_edit.new_text)).insert_text == "_of(x)"
+        item = await ghost(16, 18, "name")
+        assert item.insert_text == "name_of(x)"
+        assert item.range == types.Range(types.Position(0, 16), types.Position(0, 18))
+        running.type(0, 18, "me")
+        assert (await running.ghost(0, 20)).insert_text == "_of(x)"
+        item = await ghost(3, 5, "of elsewhere")  # which is not the word at the cursor
+        assert item.insert_text == "_of(x)" and item.range.start == types.Position(0, 18)
+
+
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", 22), ("utf-16", 18), ("utf-32", 16)])
 async def test_positions_count_in_the_negotiated_encoding(speaking: Editor, encoding: str, character: int):
     result = await speaking.start(encodings=[encoding])
@@ -105,6 +131,20 @@ async def test_completion_offers_the_same_text_over_the_word_being_typed(speakin
     assert item.text_edit.new_text == "fooreturn self.name"
     assert item.text_edit.range.start == types.Position(2, 8)
     assert item.filter_text == "foo"
+
+
+async def test_an_item_stands_over_the_word_it_was_asked_for_also_when_the_document_changed_meanwhile(thinking: Editor):
+    await thinking.start({"inline": {"deadline_s": 0.5}})
+    thinking.open('"🙂" foo')
+    asking = asyncio.ensure_future(thinking.menu(0, 8))
+    await thinking.status()  # answered behind the request, which is running by then
+    thinking.client.text_document_did_change(
+        types.DidChangeTextDocumentParams(
+            types.VersionedTextDocumentIdentifier(version=1, uri=URI), [types.TextDocumentContentChangeWholeDocument(text="")]
+        )
+    )
+    (item,) = await asking
+    assert item.text_edit.range == types.Range(types.Position(0, 5), types.Position(0, 8)) and item.text_edit.new_text == "fooret"
 
 
 async def test_a_newer_request_cancels_the_older_which_is_answered_null(thinking: Editor):
@@ -153,6 +193,16 @@ async def test_a_bad_setting_is_reported_by_name_and_the_rest_applies(speaking: 
     settings = (await speaking.status())["settings"]
     assert settings["inline"]["max_new_tokens"] == 7 and settings["inline"]["deadline_s"] == 3
     assert settings["inline"]["max_lines"] == 12 and settings["model"] == "starter"
+
+
+async def test_a_bad_setting_that_was_put_right_is_no_problem_any_more_and_is_told_again_when_it_comes_back(speaking: Editor):
+    await speaking.start({"nonsense": 1})
+    for max_lines, problems, told in (("many", 2, 2), (3, 1, 2), ("many", 2, 3)):
+        speaking.client.set_configuration({"deepseek-lsp": {"inline": {"max_lines": max_lines}}})
+        speaking.client.workspace_did_change_configuration(types.DidChangeConfigurationParams(settings=None))
+        async with asyncio.timeout(5):
+            while len((await speaking.status())["problems"]) != problems or len(speaking.client.messages) != told:
+                await asyncio.sleep(0.01)
 
 
 async def test_changed_configuration_is_read_again(speaking: Editor):

@@ -129,11 +129,11 @@ class Neovim:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What the server says of itself."""
+        """What the buffer's server says of itself."""
         found: dict[str, Any] = self.lua(
             """
             local limit_ms, status = ...
-            require("deepseek_lsp.server").request("deepseek/status", nil, function(_, answer) status = answer end)
+            require("deepseek_lsp.server").request("deepseek/status", nil, function(_, answer) status = answer end, 0)
             vim.wait(limit_ms, function() return status end, 10)
             return status
             """,

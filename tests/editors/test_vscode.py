@@ -148,12 +148,13 @@ def test_an_explanation_by_the_starter_comes_into_the_panel(code: Code):
     code.press("Control+b")
 
 
-def test_completion_items_are_in_the_menu_of_suggestions(code: Code):
+def test_completion_items_are_in_the_menu_of_suggestions_and_ghost_text_stays_beside_it(code: Code):
     code.open("menu.py")
     code.go_to(HOLE)
     code.type("return self.")
     code.press("Control+Space")
     code.page.locator('.suggest-widget .monaco-list-row:has-text("items[name]")').first.wait_for()
+    code.until(lambda: code.ghost.startswith("items[name]"))
     code.press("Escape")
 
 

@@ -82,3 +82,8 @@ async def test_without_an_engine_or_a_document_the_reason_is_theirs():
     assert (await answer(loading, "x", 0, 0)).reason == "Loading starter: 42 %."
     found = await ask.complete(host("y"), None, types.Position(0, 0), "a.py", SETTINGS, ask.Memory())
     assert "not open" in found.reason
+
+
+async def test_a_bracket_behind_the_cursor_stays_when_the_completion_closes_its_own():
+    found = await answer(host("len(names)"), "print()\n", 0, 6)
+    assert found.accepted is not None and found.accepted.lines[0] == "print(len(names))\n"

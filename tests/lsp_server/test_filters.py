@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsp_server.filters import Hole, is_complete, shown
+from lsp_server.filters import Hole, brought, is_complete, shown
 
 TEXT = st.text(st.sampled_from("ab():\n    "), max_size=60)
 
@@ -44,3 +44,27 @@ def test_once_it_is_complete_nothing_more_changes_what_is_shown(said: str, more:
     where = hole(before, after, following=("    a\n",), max_lines=3)
     if is_complete(where, said):
         assert shown(where, said + more) == shown(where, said)
+
+
+@pytest.mark.parametrize(
+    ("text", "after", "count"),
+    [
+        ("name)", ")", 1),
+        ("len(x)", ")", 0),
+        ("len(x))", ")", 1),
+        ("x)", "))", 1),
+        ("x)", ");", 1),
+        ("x);", ");", 2),
+        ("f(a, [b", "])", 0),
+        ('", "b")', '")', 2),
+        ("don't\")", '")', 2),
+        ('a\\"b', '")', 0),
+        ("&'a str)", ")", 1),
+        ('")")', ")", 1),
+        ("x)\nreturn y", ")", 1),
+        ("a + b", " + b", 4),
+        ("a", "", 0),
+    ],
+)
+def test_brackets_behind_the_cursor_make_room_for_those_that_the_text_closes_and_stay_for_those_it_opens(text: str, after: str, count: int):
+    assert brought(text, after) == count

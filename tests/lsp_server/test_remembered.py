@@ -7,6 +7,7 @@ from lsprotocol import types
 
 from lsp_server import ask
 from lsp_server.connection import Connection
+from lsp_server.filters import CLOSED_BY
 from lsp_server.host import Host
 from lsp_server.remembered import Remembered
 from lsp_server.session import Document, Encoding, Snapshot
@@ -91,6 +92,36 @@ async def answer(host: Host, memory: ask.Memory, text: str) -> ask.Answer:
     return await ask.complete(host, document(before + after), at, "a.py", SETTINGS, memory)
 
 
+CALL = 'show(rows[0], "(no, name)", {1: [2]})\n    return rows'
+
+
+@given(typed=st.integers(0, len(CALL)))
+async def test_brackets_and_quotes_that_the_editor_closed_while_one_typed_do_not_stand_there_twice(typed: int):
+    """Whoever types a suggestion in an editor that closes brackets and then takes the rest has what was suggested."""
+    closed = ""
+    for letter in CALL[:typed]:
+        if closed[:1] == letter:
+            closed = closed[1:]
+        elif letter in CLOSED_BY and closed[:1] != '"':
+            closed = CLOSED_BY[letter] + closed
+        elif letter == '"':
+            closed = letter + closed
+    memory = ask.Memory(remembered=remembered(f"{ABOVE}    |{BELOW}", CALL))
+    at = snapshot(f"{ABOVE}    {CALL[:typed]}|{closed}{BELOW}")
+    found = await ask.complete(
+        Host(engine=ScriptedEngine([]), state="ready", message=""),
+        document("".join(at.lines)),
+        types.Position(at.line, at.column),
+        "a.py",
+        SETTINGS,
+        memory,
+    )
+    if found.accepted is not None:
+        assert "".join(found.accepted.lines) == f"{ABOVE}    {CALL}{BELOW}"
+    else:
+        assert typed == len(CALL)
+
+
 async def test_typing_on_and_coming_back_ask_the_model_once():
     engine = ScriptedEngine(["self.name", " + 'x'"])
     host, memory = Host(engine=engine, state="ready", message=""), ask.Memory()
@@ -116,10 +147,10 @@ async def test_what_follows_an_accepted_suggestion_is_there_before_it_is_asked_f
 def test_settings_sent_again_unchanged_forget_nothing_and_changed_ones_do():
     server = Connection([], [], Host())
     server.memory.remembered.keep(snapshot("x = |"), "1")
-    server.apply_settings([])
+    server.apply_settings()
     assert server.memory.remembered.rest(snapshot("x = |")) == "1"
     server.client_layers["workspace"] = Layer("a test", {"inline": {"max_lines": 1}})
-    server.apply_settings([])
+    server.apply_settings()
     assert not server.memory.remembered.rest(snapshot("x = |"))
 
 

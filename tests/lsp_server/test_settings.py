@@ -47,6 +47,13 @@ def test_the_environment_reaches_nested_settings():
     assert (settings.inline.max_lines, settings.model, problems) == (4, "/m", [])
 
 
+@pytest.mark.parametrize("names", [("INLINE", "INLINE__MAX_LINES"), ("INLINE__MAX_LINES", "INLINE")])
+def test_a_table_that_the_environment_gives_a_plain_value_is_a_problem_and_no_crash(names: tuple[str, str]):
+    values = {"INLINE": "on", "INLINE__MAX_LINES": "4"}
+    settings, problems = merge([environment_layer({f"DEEPSEEK_LSP_{name}": values[name] for name in names})])
+    assert (settings.inline.max_lines, len(problems)) in ((4, 0), (12, 1))
+
+
 def test_a_file_that_is_not_toml_is_named_and_left_out(tmp_path: Path):
     file = tmp_path / "config.toml"
     assert file_layer(file)[1] == []

@@ -41,6 +41,12 @@ async def test_each_hole_sees_those_before_it_filled_and_no_mark():
     assert not any("<fill" in prompt.prefix + prompt.middle + prompt.suffix for prompt in prompts)
 
 
+async def test_a_bracket_behind_a_hole_that_the_answer_closes_does_not_stand_there_twice():
+    text, engine = await after("«show(<fill>) + show(<fill>)»\n", "a)", "len(b)")
+    assert text == "show(a) + show(len(b))\n"
+    assert [request.prompt.middle for request in engine.requests] == ["show(", "show(a) + show("]
+
+
 @pytest.mark.parametrize(
     ("drawing", "more", "error", "said"),
     [

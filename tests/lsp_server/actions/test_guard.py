@@ -53,7 +53,7 @@ def test_what_lies_outside_is_not_edited_however_it_is_named(shop: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "uri", ["untitled:Untitled-1", "https://example.com/a.py", "file://server/share/a.py", "file:///a%00b.py", "file:", ""]
+    "uri", ["git:/shop/app/a.py", "https://example.com/a.py", "file://server/share/a.py", "file:///a%00b.py", "file:", ""]
 )
 def test_only_files_of_this_machine_are_edited(shop: Path, uri: str):
     assert "Only files of this machine" in (refusal(uri, shop) or "")
@@ -68,3 +68,11 @@ def test_without_a_workspace_only_an_open_document_is_edited(shop: Path):
     file = shop / "app" / "a.py"
     assert guard.refusal(file.as_uri(), [], is_open=True) is None
     assert guard.refusal((shop / "app" / "b.py").as_uri(), [], is_open=False) is not None
+
+
+def test_a_document_in_no_file_yet_is_edited_while_it_is_open_unless_it_is_to_become_what_others_act_on(shop: Path):
+    assert refusal("untitled:Untitled-1", shop) is None
+    assert refusal("untitled:/tmp/new.py", shop) is None
+    assert "Only files of this machine" in (refusal("untitled:Untitled-1", shop, is_open=False) or "")
+    for place in ("untitled:/home/me/.bashrc", f"untitled:{shop}/%2evscode/tasks.json"):
+        assert "configuration" in (refusal(place, shop) or "")

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from lsprotocol import types
 
+from lsp_server import answering
 from lsp_server.actions import checking_tests, reading, sandbox, suites, tasks, writing_tests
-from lsp_server.errors import Refusal, Unusable
+from lsp_server.connection import Connection
+from lsp_server.errors import Refusal, Stale, Unusable
+from lsp_server.host import Host
 from lsp_server.settings import ActionSettings
 from tests.lsp_server.drawn import ACTIONS, asked_of, document_of
 from tests.scripted import AnsweringEngine
@@ -296,3 +299,17 @@ async def test_nothing_is_run_unless_the_user_names_a_python(root: Path):
     task, plan = prepared(root)
     assert await writing_tests.tried(task, plan, GOOD, "") is None
     assert "is no program" in (await writing_tests.tried(task, plan, GOOD, "/no/python")).output
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_tests_are_not_added_to_a_file_that_changed_while_the_model_answered(root: Path, is_open: bool):
+    file, server = root / "test_shop.py", Connection([], [], Host())
+    file.write_text(GOOD)
+    task, plan = prepared(root)
+    assert plan.suite.file == file
+    if is_open:
+        server.session.open(types.TextDocumentItem(file.as_uri(), "python", 1, "# new\n" + GOOD))
+    else:
+        file.write_text("# new\n" + GOOD)
+    with pytest.raises(Stale, match=r"test_shop\.py changed while the model answered"):
+        await answering.tests_edit(server, task, plan, "def test_more():\n    assert add(0, 0) == 0\n")

@@ -148,6 +148,7 @@ local function described(status)
 end
 
 local function status()
+  local here = vim.api.nvim_get_current_buf()
   server.awaited()
   server.request("deepseek/status", nil, function(error, answer)
     local buffer = vim.api.nvim_create_buf(false, true)
@@ -155,7 +156,7 @@ local function status()
     vim.api.nvim_buf_set_lines(buffer, 0, -1, false, lines)
     vim.bo[buffer].filetype, vim.bo[buffer].modifiable = "markdown", false
     windows.open(buffer, "deepseek-lsp", "q closes")
-  end)
+  end, here)
 end
 
 local function log()

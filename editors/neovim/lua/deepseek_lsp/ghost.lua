@@ -62,7 +62,7 @@ local function ask(buffer)
       command = item.command,
     }
     show()
-  end)
+  end, buffer)
 end
 
 local function moved(event)

@@ -23,7 +23,7 @@ local function config_of(options)
   capabilities.textDocument.codeAction.resolveSupport = { properties = { "command" } } -- changes come by `action`, which shows them first
   capabilities.workspace.workspaceEdit.documentChanges = true
   capabilities.workspace.workspaceEdit.changeAnnotationSupport = { groupsOnLabel = true }
-  capabilities.experimental = { deepseekLsp = { stream = true, input = true } }
+  capabilities.experimental = { deepseekLsp = { stream = true, input = true, newlines = true } }
   local function chosen(...)
     require("deepseek_lsp.action").chosen(...)
   end
@@ -172,11 +172,12 @@ function M.cancel(client, request)
   end
 end
 
---- Calls `method` of any server; `heard(error, result)` is called on Neovim's loop.
-function M.request(method, params, heard)
-  local client = M.client()
+--- Calls `method` of the buffer's server, or of any where it has none; `heard(error, result)` is called on Neovim's loop.
+---@param buffer? integer
+function M.request(method, params, heard, buffer)
+  local client = M.client(buffer) or M.client()
   if client then
-    M.call(client, method, params, heard)
+    M.call(client, method, params, heard, buffer)
   else
     heard({ message = state.detail() }, nil)
   end

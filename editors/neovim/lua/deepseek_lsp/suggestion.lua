@@ -52,7 +52,7 @@ function M.write(suggestion, part)
   vim.api.nvim_win_set_cursor(0, { row + #lines - 1, (#lines == 1 and col or 0) + #lines[#lines] })
   if whole and suggestion.command then
     local params = { command = suggestion.command.command, arguments = suggestion.command.arguments }
-    require("deepseek_lsp.server").request("workspace/executeCommand", params, function() end)
+    require("deepseek_lsp.server").request("workspace/executeCommand", params, function() end, suggestion.buffer)
   end
 end
 
