@@ -108,9 +108,11 @@ class RankedModel:
         self.own.work_with(self._ranks.wire)
         first = list(range(min(PREPARED_PAGES, latents.pages)))
         kept = latents.take_out(first)
-        self.prepare(latents)
-        with self._together():
+        try:
+            self.prepare(latents)
+        finally:  # it may have broken off in the middle
             LatentPool.put_in(latents, first, *kept)
+        with self._together():
             latents.give_all()
 
     @contextmanager

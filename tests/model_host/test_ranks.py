@@ -25,12 +25,15 @@ from model_host.checkpoints import STARTER, checked_shards, tensors
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Device
 from model_host.divided import RankedModel
+from model_host.eager import TRIED_CONTEXT
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, RankLost
 from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
+from model_host.latents import LatentPool
 from model_host.native.library import available_levels
 from model_host.orders import Begin, Fill, Orders, Post, read, written
+from model_host.pages import pages_for
 from model_host.placement import RESERVED_BYTES, Demand, Plan, plan
 from model_host.ranks import Ranks
 from model_host.wire import ConnectionLost, Group, Wire, backend_for, meet
@@ -224,6 +227,32 @@ def test_a_step_that_breaks_here_starts_the_others_anew(one_folder: Path, ranked
     assert not model._ranks.is_running
     model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
     assert greedy(model, new=2)[0] == wanted
+
+
+def test_a_rank_that_dies_again_while_it_is_started_anew_spoils_nothing(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(pages_for(TRIED_CONTEXT))
+    model.prepare(pool)
+    model.forward(Step(ids=tuple(range(20)), spans=(Span(tokens=20, context=20, pages=(0, 1)),), wanted=()), pool)
+    following = Step(ids=(20,), spans=(Span(tokens=1, context=21, pages=(0, 1)),), wanted=(0,))
+    wanted = model.forward(following, pool)
+    prepare = model.own.prepare
+
+    def dying(latents: LatentPool) -> None:
+        os.kill(pid_of(model, 1), signal.SIGKILL)
+        prepare(latents)
+        assert model._ranks.wire is not None
+        model._ranks.wire.summed(torch.ones(1))  # as where it captures graphs, in which there are sums
+
+    os.kill(pid_of(model, 1), signal.SIGKILL)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.own, "prepare", dying)
+        for _ in range(2):  # the first finds out about the first death, the second starts it anew
+            with pytest.raises(RankLost, match="ended by signal 9"):
+                model.forward(following, pool)
+    assert torch.allclose(model.forward(following, pool), wanted, atol=1e-5)
 
 
 @pytest.fixture
