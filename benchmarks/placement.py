@@ -3,7 +3,8 @@
 A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
 the process (of a GPU: of the card) at most while loading over what the weights take, the time over that of a plain read of the files
 (from the system's cache, as the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then
-the plain torch model as 1, 2 and 4 ranks, each with a portion of every layer, by gloo on a CPU. The ceiling of decode is the bytes of a
+the plain torch model as 1, 2 and 4 ranks, each with a portion of every layer, by gloo on a CPU: their loading (with the start of their
+processes) and decoding. The ceiling of decode is the bytes of a
 token over the bandwidth that the same run measures there. Last the same model with its layers in 2 and 4 parts, one after the other in
 one process. How many bits lose how much is measured by benchmarks.formats.
 """
@@ -225,7 +226,7 @@ def main() -> None:
                 metrics |= {f"{form}_{kind}_{name}": value for name, value in found.items()}
         for ranks in (1, 2, 4):
             found = alone(partial(spread, folder, "bfloat16", arguments.device, ranks, "auto"))
-            metrics[f"ranks_{ranks}_decode_tokens_per_s"] = found["decode_tokens_per_s"]
+            metrics |= {f"ranks_{ranks}_{name}": found[name] for name in ("load_s", "decode_tokens_per_s")}
         for parts in (2, 4):
             found = alone(partial(layered, folder, "bfloat16", arguments.device, parts, "auto"))
             metrics[f"layers_in_{parts}_decode_tokens_per_s"] = found["decode_tokens_per_s"]

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ STARTER = Path(__file__).parent / "starter" / "checkpoint"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json", "*.jinja"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+SIGN_S = 1.0
+"""Whoever reads says so at least so often, unless a single tensor takes longer."""
 READABLE = ("BF16", "F16", "F32", "F64")
 """Types of weights in files; each is converted to the one that is computed with."""
 
@@ -52,16 +55,17 @@ def locate(name: str, *, download: bool = False) -> Path:
 
 
 def tensors(parts: list[Shard], progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the shards, in the order in which they lie, still on disk until it is used. Progress is told in percents."""
-    total, done, told = sum(part.bytes for part in parts), 0, 0
+    """Every tensor of the shards, in the order in which they lie, still on disk until it is used. Progress is told in percents, and where
+    they take longer, every SIGN_S, a tensor's time apart at most. What that raises ends the reading."""
+    total, done, told, told_at = sum(part.bytes for part in parts), 0, 0, time.monotonic()
     for part in parts:
         try:
             with safe_open(part.file, framework="pt") as opened:
                 for stored in part.tensors:
                     yield stored.name, opened.get_tensor(stored.name)
                     done += stored.bytes
-                    if done * 100 // total > told:
-                        told = done * 100 // total
+                    if done * 100 // total > told or time.monotonic() - told_at > SIGN_S:
+                        told, told_at = done * 100 // total, time.monotonic()
                         progress("reading weights", done / total)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{part.file} cannot be read ({error}): download this shard again.") from error

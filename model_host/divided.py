@@ -21,7 +21,8 @@ from model_host.latents import LatentPool, LayeredPool
 from model_host.models.deepseek_v2 import Model, Together
 from model_host.orders import Begin, Fill
 from model_host.pages import PAGE_TOKENS, pages_for
-from model_host.ranks import ConnectionLost, Ranks, Wire
+from model_host.ranks import Ranks
+from model_host.wire import ConnectionLost, Wire
 
 PREPARED_PAGES = pages_for(TRIED_CONTEXT)
 """What making ready for steps may write over."""
@@ -90,7 +91,7 @@ class RankedModel:
             self.own.prepare(latents)
 
     def forward(self, step: Step, latents: LatentPool) -> Tensor:
-        """Float32 logits [wanted, vocab] of the step, on rank 0's device, once they are there. Raises RankLost, CheckpointError."""
+        """Float32 logits [wanted, vocab] of the step, on rank 0's device, once they are there. Raises RankLost."""
         assert isinstance(latents, RankedPool)
         if not self._ranks.is_running:
             self._resume(latents)
@@ -103,13 +104,15 @@ class RankedModel:
 
     def _resume(self, latents: "RankedPool") -> None:
         """Starts the other ranks anew, with what lies in the latents."""
-        self._ranks.start(lambda what, share: None)
+        self._ranks.restart()
         self.own.work_with(self._ranks.wire)
         first = list(range(min(PREPARED_PAGES, latents.pages)))
         kept = latents.take_out(first)
-        self.prepare(latents)
-        with self._together():
+        try:
+            self.prepare(latents)
+        finally:  # it may have broken off in the middle
             LatentPool.put_in(latents, first, *kept)
+        with self._together():
             latents.give_all()
 
     @contextmanager

@@ -5,11 +5,12 @@ answer before it that begins with the same ids, exactly: they were computed for 
 it allows, it takes over others too (`Reuse.SHIFTED`); then the exact ones are computed once nobody wants anything.
 """
 
+import logging
 import queue
 import threading
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import llguidance
@@ -41,6 +42,8 @@ from model_host.sampling import Sampler, logprobs
 from model_host.scheduler import Part, Scheduler, Sequence
 from model_host.tiers import NEWS_TOKENS, DiskTier, RamTier, Tier, is_news, key_of
 from model_host.tokenizer import Encoded, TextDecoder, Tokenizer
+
+log = logging.getLogger(__name__)
 
 CACHE_BYTES = 1 << 30
 """Memory for latents, where nobody says otherwise: 200,000 tokens of the starter in float32, 34,000 of Coder-V2-Lite in bfloat16."""
@@ -179,6 +182,8 @@ class LocalEngine:
             raise EngineClosed("The engine was shut down.")
         generation = Generation()
         self._queue.put((request, generation, time.monotonic()))
+        if self._closed.is_set():  # and nobody may look into the queue any more
+            generation.feed(EngineClosed("The engine was shut down."))
         return generation
 
     def close(self) -> None:
@@ -193,8 +198,8 @@ class LocalEngine:
     def _work(self) -> None:
         """The owner thread's life."""
         while not self._closed.is_set():
-            self._take_in()
             try:
+                self._take_in()
                 self._step() if self._answers else self._rest()
             except RankLost as error:
                 self._end_all(error)
@@ -204,11 +209,13 @@ class LocalEngine:
                 self._fail_all(RequestError("The device ran out of memory: lower cache_mb, or choose a smaller model."))
             except Exception as error:
                 self._fail_all(EngineError(f"The engine failed on this request: {error!r}. Please report it."))
-        self._keep()
-        while not self._queue.empty():
-            if job := self._queue.get():
-                job[1].feed(EngineClosed("The engine was shut down."))
-        self._fail_all(EngineClosed("The engine was shut down."))
+        try:
+            self._keep()
+        finally:
+            while not self._queue.empty():
+                if job := self._queue.get():
+                    job[1].feed(EngineClosed("The engine was shut down."))
+            self._fail_all(EngineClosed("The engine was shut down."))
 
     def _take_in(self) -> None:
         """Starts what was submitted; waits for something when there is nothing to do."""
@@ -216,9 +223,9 @@ class LocalEngine:
             job = self._wait()
             if job is None:
                 return
-            self._stop_resting()
             request, generation, submitted_at = job
             try:
+                self._stop_resting()
                 self._start(request, generation, submitted_at)
             except EngineError as error:
                 generation.feed(error)
@@ -239,23 +246,29 @@ class LocalEngine:
         return job
 
     def _keep(self) -> None:
-        """Gives the tiers what they have not got of the last prompts."""
+        """Gives the tiers what they have not got of the last prompts, where there is memory for a copy."""
         for tier in self._tiers:
             for ids in reversed(self._scheduler.prompts):
                 pages = self._scheduler.pages_of(ids)
                 whole = ids[: len(pages) * PAGE_TOKENS]
-                if is_news(tier, whole):
-                    tier.keep(whole, self._runner.take_out(pages))
+                try:
+                    if is_news(tier, whole):
+                        tier.keep(whole, self._runner.take_out(pages))
+                except (RuntimeError, MemoryError) as error:
+                    log.warning("A prompt's latents were not kept: %s", error)
 
     def _restore(self, ids: Ids) -> None:
-        """Brings latents back from a tier, where one has a good deal more of the prompt than the device."""
+        """Brings latents back from a tier, where one has a good deal more of the prompt than the device, and this has memory for them."""
         for tier in self._tiers:
             kept, tokens = tier.longest(ids)
             if tokens < len(self._scheduler.pages_of(ids)) * PAGE_TOKENS + NEWS_TOKENS:
                 continue
             latents = tier.get(kept)
-            if latents and self._runner.fits(latents, len(kept)) and (pages := self._scheduler.restore(kept)):
-                self._runner.put_in(pages, latents)
+            if latents and self._runner.fits(latents, len(kept)):
+                try:
+                    self._scheduler.restore(kept, partial(self._runner.put_in, latents=latents))
+                except (RuntimeError, MemoryError) as error:
+                    log.warning("A prompt's latents were not taken back, it is computed: %s", error)
 
     def _start(self, request: Request, generation: Generation, submitted_at: float) -> None:
         prompt = self._encode(request)

@@ -7,9 +7,10 @@ in tests). Knows nothing of tokens' ids, caches or devices.
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from itertools import accumulate, pairwise
 from typing import Literal, Protocol, Self
 
 
@@ -269,3 +270,13 @@ class Engine(Protocol):
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1; from any thread."""
+
+
+def stages(progress: Progress, sizes: Sequence[float]) -> list[Progress]:
+    """One progress each for pieces of work of such sizes, done one after the other."""
+    total = sum(sizes)
+
+    def stage(begin: float, end: float) -> Progress:
+        return lambda what, share: progress(what, (begin + share * (end - begin)) / total)
+
+    return [stage(begin, end) for begin, end in pairwise(accumulate(sizes, initial=0.0))]

@@ -12,12 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from model_host.catalogue import Precision
 from model_host.checkpoints import allocate, checked_shards, destinations_in, of_layers, outline, tensors
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Share
 from model_host.divided import LayeredModel, RankedModel, SpreadModel
 from model_host.experts import Held, Spread, SpreadLayer, TorchExperts, sinks
-from model_host.generation import Progress
+from model_host.footprint import groups
+from model_host.generation import Progress, stages
 from model_host.hot import HotExperts, ReadExpert
 from model_host.models.deepseek_v2 import Model, MoE
 from model_host.native.library import why_unavailable
@@ -152,11 +154,14 @@ def load_spread(
         ranks = Ranks(folder, posts[1:], home=torch.device(posts[0].device), captures=not on_cpu, **how)
         try:
             ranks.start(progress)
-            return RankedModel(config, _part(folder, config, [bearing[0], *on_cpu], how, progress, captures=ranks.captures), ranks)
+            own = _part(folder, config, [bearing[0], *on_cpu], how, ranks.beside, captures=ranks.captures)
+            ranks.join()
         except BaseException:
             ranks.close()
             raise
-    parts = [_part(folder, config, [share, *on_cpu], how, progress) for share in bearing]
+        return RankedModel(config, own, ranks)
+    told = stages(progress, [len(share.layers) for share in bearing])
+    parts = [_part(folder, config, [share, *on_cpu], how, own) for share, own in zip(bearing, told, strict=True)]
     return parts[0] if len(parts) == 1 else LayeredModel(config, parts)
 
 
@@ -165,12 +170,13 @@ def _part(
 ) -> SpreadModel:
     """The layers of the first share, or its portion of them, with their experts in the devices of all of them."""
     layers, device = shares[0].layers, torch.device(shares[0].device.name)
+    *of_experts, of_dense = _stages(config, [share.experts for share in shares], shares[0].portion, progress)
     held = [
-        load_experts(folder, config, share.experts, device=torch.device(share.device.name), progress=progress, layers=layers, **how)
-        for share in shares
+        load_experts(folder, config, share.experts, device=torch.device(share.device.name), progress=told, layers=layers, **how)
+        for share, told in zip(shares, of_experts, strict=True)
     ]
     spread = Spread(held)
-    dense = {"precision": how["precision"], "dtype": how["dtype"], "device": device, "progress": progress}
+    dense = {"precision": how["precision"], "dtype": how["dtype"], "device": device, "progress": of_dense}
     model = load_dense(folder, config, spread, layers=layers, portion=shares[0].portion, **dense)
     hot = None
     if len(held) == 2:
@@ -191,10 +197,20 @@ def load_rank(
     progress: Progress,
 ) -> SpreadModel:
     """What a rank other than the first has of the model, which is all but the output. Raises CheckpointError."""
-    how: dict[str, Any] = {"precision": precision, "dtype": dtype, "device": torch.device(post.device), "progress": progress}
-    spread = Spread([load_experts(folder, config, post.experts, threads=threads, kernels=kernels, **how)])
-    model = load_dense(folder, config, spread, portion=post.portion, ends=False, **how)
+    how: dict[str, Any] = {"precision": precision, "dtype": dtype, "device": torch.device(post.device)}
+    of_experts, of_dense = _stages(config, [post.experts], post.portion, progress)
+    spread = Spread([load_experts(folder, config, post.experts, threads=threads, kernels=kernels, progress=of_experts, **how)])
+    model = load_dense(folder, config, spread, portion=post.portion, ends=False, progress=of_dense, **how)
     return SpreadModel(model, spread, precision, captures=captures)
+
+
+def _stages(config: ModelConfig, held: Sequence[range], portion: Portion | None, progress: Progress) -> list[Progress]:
+    """For going through the files once for the experts in each of `held`, and once for a portion of everything else: as long as there is
+    to read."""
+    *others, routed = groups(config, Precision.BFLOAT16)
+    expert_bytes = routed.bytes / (config.n_routed_experts or 1)
+    due = len(portion.heads) / config.num_attention_heads if portion else 1.0
+    return stages(progress, [*(len(experts) * expert_bytes for experts in held), due * sum(group.bytes for group in others)])
 
 
 def expert_reader(folder: Path, config: ModelConfig, first_layer: int = 0) -> ReadExpert:

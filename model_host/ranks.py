@@ -1,51 +1,37 @@
-"""The processes of a model whose heads and experts are divided over devices: started, told what to do, summed with, noticed when they
-die.
+"""The processes of a model whose heads and experts are divided over devices: started, told what to do, noticed when they die or go silent.
 
-Owns: the processes and the group they talk in. Rank 0 is the caller's process; each of the others has a portion of every layer, and a
-copy of the latents. Groups reach loopback only, and meet in a folder that nobody else can open. Between GPUs sums go by NCCL, else by
-gloo through the host's memory. What the others are told goes to their stdin.
+Owns: the processes, and what is told of them. Rank 0 is the caller's process; each of the others has a portion of every layer, and a copy
+of the latents. What the others are told goes to their stdin; what sums go over is `wire`'s.
 """
 
 import json
-import os
-import queue
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch._C import _distributed_c10d as c10d  # groups of this process's own: torch.distributed has one of each for all
 
 from model_host.errors import CheckpointError, RankLost
 from model_host.generation import Progress
 from model_host.orders import Command, Orders, Post, written
+from model_host.wire import MEETING, ConnectionLost, Wire, backend_for, meet
 
-FOREVER = timedelta(days=365)
-"""Workers wait for the next sum as long as there is none; the death of a process ends the wait."""
-MEETING = timedelta(seconds=120)
 LAST_WORDS_S = 5.0
-"""How long a broken worker may take to say why."""
-LAUNCH_S = 1.0
-"""How long launching sums may take, which returns at once unless it waits for a rank that has died."""
+"""How long a broken worker may take to say why, and a killed one to be gone."""
+SILENCE_S = 300.0
+"""How long a worker that reads weights may say nothing. It speaks at least once a tensor (`checkpoints.SIGN_S`); the largest of the family,
+the 236B's embeddings, are 1.05 GB, which a disk of 3.5 MB/s reads in that time. Starting Python and torch takes less."""
+ANEW = "All of them are started anew with the next request."
 LOST = 3
-"""Exit status of a worker whose connection to the others broke: no failure of its own."""
-OF_NCCL = {
-    "NCCL_SOCKET_IFNAME": "lo",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "500",
-}
-"""Where the user has not set them: to meet on loopback; and that torch's own watchdog neither ends this process, which is the user's
-server, nor writes files. Deaths are noticed here."""
+"""Exit status of a worker whose connection to the others broke: most likely no failure of its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,14 +39,19 @@ class Worker:
     """A process, and what it has said so far."""
 
     rank: int
+    device: str
     process: subprocess.Popen[str]
-    ready: threading.Event = field(default_factory=threading.Event)
-    """It has its weights, or never will."""
+    said_at: float = field(default_factory=time.monotonic)
+    share: float = 0.0
+    """Of its weights, that it has read."""
     weight_bytes: int = 0
+    """Not 0 once it has all of them."""
     failure: str = ""
-    reader: threading.Thread | None = None
+    lost: str = ""
+    """How its connection broke."""
+    is_gone: bool = False
 
-    def listen(self, told: Progress, gone: Callable[["Worker"], None]) -> None:
+    def listen(self, heard: Callable[["Worker"], None]) -> None:
         """Reads what the worker says, line by line, until it ends."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -68,15 +59,13 @@ class Worker:
                 said: dict[str, Any] = json.loads(line)
             except ValueError:
                 continue  # a library's own words
-            if "share" in said:
-                told(f"reading weights, rank {self.rank}", float(said["share"]))
-            if "failure" in said:
-                self.failure = said["failure"]
-            if "weight_bytes" in said:
-                self.weight_bytes = int(said["weight_bytes"])
-                self.ready.set()
-        self.ready.set()
-        gone(self)
+            self.said_at = time.monotonic()
+            self.share = float(said.get("share", self.share))
+            self.weight_bytes = int(said.get("weight_bytes", self.weight_bytes))
+            self.failure, self.lost = said.get("failure", self.failure), said.get("lost", self.lost)
+            heard(self)
+        self.is_gone = True
+        heard(self)
 
     def say(self, line: str) -> None:
         """Raises ConnectionLost when it is gone."""
@@ -87,17 +76,20 @@ class Worker:
         except OSError as error:
             raise ConnectionLost("a process has ended") from error
 
-    def why(self) -> str:
-        """What has become of one that has ended, for the user; nothing, if it was left alone by another."""
+    def why(self) -> tuple[int, str]:
+        """What has become of one that is gone, for the user, and before it how likely that is the cause: 0 its own failure, 1 its end,
+        2 what the end of another did to it."""
         if self.failure:
-            return self.failure
+            return 0, self.failure.strip()
         try:
             code = self.process.wait(LAST_WORDS_S)
-        except subprocess.TimeoutExpired:  # it has closed its stdout and is well
-            return ""
+        except subprocess.TimeoutExpired:
+            return 1, "it has closed its stdout"
         if code == LOST:
-            return ""
-        return f"it was ended by signal {-code}" if code < 0 else f"it ended with status {code}"
+            return 2, f"its connection to the others broke ({self.lost})"
+        if code == -9:
+            return 1, "it was ended by signal 9, as the system does with processes when memory runs out"
+        return 1, f"it was ended by signal {-code}" if code < 0 else f"it ended with status {code}"
 
 
 class Ranks:
@@ -121,7 +113,10 @@ class Ranks:
         self._backend = backend_for([home, *(torch.device(post.device) for post in posts)])
         self.captures = captures and self._backend == "nccl"
         self._workers: list[Worker] = []
-        self._gone: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._news = threading.Condition()
+        """Something was heard of a worker."""
+        self._progress: Progress = lambda what, share: None
+        self._own_share = self._told = 0.0
         self._meeting: tempfile.TemporaryDirectory[str] | None = None
         self.wire: Wire | None = None
 
@@ -133,6 +128,102 @@ class Ranks:
     def is_running(self) -> bool:
         return self.wire is not None
 
+    def start(self, progress: Progress) -> None:
+        """Starts the workers, which read their weights from now on. `progress` is told what the slowest rank has read. Raises
+        CheckpointError."""
+        self._meeting = tempfile.TemporaryDirectory(prefix="deepseek-lsp-", ignore_cleanup_errors=True)
+        self._progress, self._own_share, self._told = progress, 0.0, 0.0
+        for rank, post in enumerate(self._posts, start=1):
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "model_host.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            except OSError as error:
+                self.close()
+                raise CheckpointError(f"The model's process of rank {rank} on {post.device} could not start: {error}.") from error
+            worker = Worker(rank, post.device, process)
+            self._workers.append(worker)
+            threading.Thread(target=worker.listen, args=(self._heard,), daemon=True).start()
+            with suppress(ConnectionLost):  # it has something to say about that
+                worker.say(self._orders(rank, post).written())  # and stdin is left open: a worker ends when this end of the pipe does
+
+    def _orders(self, rank: int, post: Post) -> Orders:
+        assert self._meeting is not None
+        return Orders(
+            folder=str(self._folder),
+            precision=self._precision,
+            dtype=str(self._dtype).removeprefix("torch."),
+            threads=self._threads,
+            kernels=self._kernels,
+            captures=self.captures,
+            rank=rank,
+            post=post,
+            meeting=self._meeting.name,
+            world=len(self._posts) + 1,
+            backend=self._backend,
+        )
+
+    def beside(self, what: str, share: float) -> None:
+        """To be told how much rank 0 has read of its own weights, while the others read theirs. Raises CheckpointError when one of them
+        will never be done, so that rank 0 need not be either."""
+        with self._news:
+            self._check()
+            self._own_share = share
+            self._tell()
+
+    def join(self) -> None:
+        """Waits until the others have their weights, and connects with them. Raises CheckpointError."""
+        with self._news:
+            while not all(worker.weight_bytes for worker in self._workers):
+                self._news.wait(self._check())
+        assert self._meeting is not None
+        met: Future[Wire] = Future()
+        # In a thread that can be left: as long as ranks look for each other, nothing ends that but a time-out, and with NCCL not even one.
+        threading.Thread(target=self._meet, args=(Path(self._meeting.name), met), daemon=True).start()
+        with self._news:
+            self._news.wait_for(lambda: met.done() or self._is_one_gone, MEETING.total_seconds())
+            if met.done() and met.exception() is None and not self._is_one_gone:
+                self.wire = met.result()
+                return
+            error = met.exception() if met.done() else f"not in {MEETING.total_seconds():.0f} seconds"
+            raise CheckpointError(
+                self._end("could not start")
+                or f"The model's processes could not connect ({error}). With device set to a single one there is nothing to connect."
+            )
+
+    def _meet(self, folder: Path, met: "Future[Wire]") -> None:
+        try:
+            if self._home.type == "cuda":
+                torch.cuda.set_device(self._home)
+            wire = Wire(meet(folder, 0, len(self._posts) + 1, self._backend), self._backend, self._home)
+            wire.open()
+            met.set_result(wire)
+        except BaseException as error:
+            met.set_exception(error)
+        with self._news:
+            self._news.notify_all()
+
+    def _check(self) -> float:
+        """How many seconds those that still read may be silent. Raises CheckpointError if one of the workers will never be ready."""
+        if self._is_one_gone:
+            raise CheckpointError(self._end("could not start"))
+        reading = [worker for worker in self._workers if not worker.weight_bytes]
+        worker = min(reading, key=lambda worker: worker.said_at, default=None)
+        if worker is None:
+            return SILENCE_S
+        if (left := worker.said_at + SILENCE_S - time.monotonic()) <= 0:
+            self.close()
+            raise CheckpointError(
+                f"The model's process of rank {worker.rank} on {worker.device} has read nothing for {SILENCE_S / 60:.0f} minutes, after"
+                f" {worker.share:.0%} of its weights: the disk of {self._folder} does not answer. See whether its files can be read,"
+                " and copy them to a disk of this machine if not."
+            )
+        return left
+
+    @property
+    def _is_one_gone(self) -> bool:
+        return any(worker.is_gone for worker in self._workers)
+
     def tell(self, command: Command) -> None:
         """Has all others do it, after what they were told before. Raises ConnectionLost."""
         assert self.wire is not None
@@ -143,198 +234,66 @@ class Ranks:
 
     def failed(self, error: BaseException) -> RankLost:
         """Ends the workers, and says what has happened to the first that had something happen to it."""
-        reasons: list[tuple[bool, int, str]] = []
-        for _ in self._workers:
-            try:
-                worker = self._gone.get(timeout=0 if reasons else LAST_WORDS_S)
-            except queue.Empty:
-                break
-            if why := worker.why():
-                reasons.append((worker.failure == "", worker.rank, why))
+        reason = self._end("failed") or f"The connection to the model's processes was lost ({error})."
+        return RankLost(f"{reason}\n{ANEW}")
+
+    def restart(self) -> None:
+        """Starts them once more and connects with them. Raises RankLost."""
+        try:
+            self.start(lambda what, share: None)
+            self.join()
+        except CheckpointError as error:
+            raise RankLost(f"{error}\n{ANEW}") from error
+
+    def _end(self, how: str) -> str:
+        """Ends the workers, and says who of them was the cause of that and why; nothing if none was."""
+        with self._news:
+            self._news.wait_for(lambda: self._is_all_gone or any(likely < 2 for likely, *_ in self._reasons()), LAST_WORDS_S)
+            reasons = self._reasons()
         self.close()
         if not reasons:
-            return RankLost(f"The connection to the model's processes was lost ({error}): they are started anew with the next request.")
-        _, rank, why = min(reasons)  # one with a traceback first
-        device = self._posts[rank - 1].device
-        return RankLost(
-            f"The model's process of rank {rank} on {device} failed: {why.strip()}\nAll of them are started anew with the next request."
-        )
+            return ""
+        _, rank, why = min(reasons)
+        return f"The model's process of rank {rank} on {self._posts[rank - 1].device} {how}: {why}"
+
+    def _reasons(self) -> list[tuple[int, int, str]]:
+        """How likely, whose and which, of all that are gone."""
+        whys = [(worker.rank, worker.why()) for worker in self._workers if worker.is_gone]
+        return [(likely, rank, why) for rank, (likely, why) in whys]
+
+    @property
+    def _is_all_gone(self) -> bool:
+        return all(worker.is_gone for worker in self._workers)
 
     def close(self) -> None:
         """Ends the workers. Harmless when there are none. Graphs that sums were captured in have to be gone by now."""
-        wire, self.wire = self.wire, None
+        with self._news:
+            wire, self.wire = self.wire, None
+            workers, self._workers = self._workers, []
         if wire is not None:
             wire.lose()
-        for worker in self._workers:
+        for worker in workers:
             worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
-        self._workers.clear()
+        for worker in workers:
+            with suppress(subprocess.TimeoutExpired):  # where a disk does not answer, even a killed process may wait for it
+                worker.process.wait(LAST_WORDS_S)
         if self._meeting is not None:
             self._meeting.cleanup()
             self._meeting = None
 
-    def start(self, progress: Progress) -> None:
-        """Starts the workers and waits for them. Raises CheckpointError, RankLost."""
-        self._meeting = tempfile.TemporaryDirectory(prefix="deepseek-lsp-")
-        self._gone = queue.SimpleQueue()
-        world = len(self._posts) + 1
-        for rank, post in enumerate(self._posts, start=1):
-            orders = Orders(
-                folder=str(self._folder),
-                precision=self._precision,
-                dtype=str(self._dtype).removeprefix("torch."),
-                threads=self._threads,
-                kernels=self._kernels,
-                captures=self.captures,
-                rank=rank,
-                post=post,
-                meeting=self._meeting.name,
-                world=world,
-                backend=self._backend,
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-m", "model_host.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            worker = Worker(rank, process)
-            self._workers.append(worker)
-            worker.reader = threading.Thread(target=worker.listen, args=(progress, self._notice), daemon=True)
-            worker.reader.start()
-            try:
-                worker.say(orders.written())  # and stdin is left open: a worker ends when this end of the pipe does
-            except ConnectionLost:
-                continue  # it has something to say about that
-        for worker in self._workers:
-            worker.ready.wait()
-            if not worker.weight_bytes:
-                rank, why = worker.rank, worker.why()
-                self.close()
-                raise CheckpointError(f"The model's process of rank {rank} could not start: {why.strip()}")
-        try:
-            self.wire = Wire(meet(Path(self._meeting.name), 0, world, self._backend), self._backend, self._home)
-            self.wire.open()
-        except (RuntimeError, ConnectionLost) as error:
-            raise self.failed(error) from error
+    def _heard(self, worker: Worker) -> None:
+        """In the thread that listens to a worker, whenever it has said something, and once it is gone."""
+        with self._news:
+            if worker not in self._workers:
+                return
+            wire = self.wire if worker.is_gone else None
+            self._tell()
+            self._news.notify_all()
+        if wire is not None:
+            wire.lose()
 
-    def _notice(self, worker: Worker) -> None:
-        """In the thread that listened to a worker which has ended."""
-        if worker in self._workers:
-            self._gone.put(worker)
-            if self.wire is not None:
-                self.wire.lose()
-
-
-def backend_for(devices: Sequence[torch.device]) -> str:
-    """NCCL wants a card for each rank."""
-    cards = {(device.type, device.index or 0) for device in devices}
-    apart = len(cards) == len(devices) and all(kind == "cuda" for kind, _ in cards)
-    return "nccl" if apart and dist.is_nccl_available() else "gloo"
-
-
-class ConnectionLost(Exception):
-    """A rank is gone, and which is for its own words to tell."""
-
-
-class Group(Protocol):
-    """What ranks talk in; each call returns something to wait for."""
-
-    def allreduce(self, tensors: list[Tensor], options: Any) -> Any: ...
-
-    def broadcast(self, tensor: Tensor, root: int) -> Any: ...
-
-    def abort(self) -> None: ...
-
-
-class Wire:
-    """What sums go over. Satisfies model_host.models.deepseek_v2.Together.
-
-    gloo notices that a rank has gone, and raises. NCCL does not: what was launched waits on the device, and whoever waits for the device
-    with it. So whoever notices calls `lose`, from a thread of its own: the sums end, with any numbers, and `check` raises. What was
-    captured may not be launched from then on, for the memory that it uses is gone.
-    """
-
-    def __init__(self, group: Group, backend: str, device: torch.device) -> None:
-        """`device` is this rank's."""
-        self._group, self._device, self._notices = group, device, backend == "gloo"
-        self._launching = threading.Lock()
-        self.is_lost = False
-        self._sum = c10d.AllreduceOptions()
-        self._sum.asyncOp = self._notices  # on a GPU in the stream of what comes before and after
-
-    def open(self) -> None:
-        """The first sum, for which the ranks connect. Raises ConnectionLost."""
-        self.summed(torch.zeros(1, device=self._device))
-        self.wait()
-
-    def summed(self, part: Tensor) -> Tensor:
-        """Raises ConnectionLost."""
-        if not self._notices:
-            self._do(lambda: self._group.allreduce([part], self._sum))
-            return part
-        message = part.to("cpu", torch.float32)
-        self._do(lambda: self._group.allreduce([message], self._sum))
-        return message.to(part.device, part.dtype)
-
-    def give(self, tensor: Tensor) -> Tensor:
-        """What rank 0 gives, which the others have memory for. Raises ConnectionLost."""
-        message = tensor.to("cpu") if self._notices else tensor.contiguous()
-        self._do(lambda: self._group.broadcast(message, 0))
-        return message.to(tensor.device)
-
-    def launch(self, run: Callable[[], None]) -> None:
-        """Raises ConnectionLost."""
-        with self._launching:
-            self._check()
-            run()
-
-    def wait(self) -> None:
-        """Until this rank's device has done all it was given. Raises ConnectionLost."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self.check()
-
-    def check(self) -> None:
-        """Raises ConnectionLost if a rank is."""
-        with self._launching:
-            self._check()
-
-    def lose(self) -> None:
-        """Ends the connection; from any thread. Returns once captured graphs are gone too."""
-        has_lock = self._launching.acquire(timeout=LAUNCH_S)
-        was_lost, self.is_lost = self.is_lost, True
-        if has_lock:
-            self._launching.release()
-        if not was_lost and not self._notices:
-            self._group.abort()
-
-    def _check(self) -> None:
-        if self.is_lost:
-            raise ConnectionLost("a process has ended")
-
-    def _do(self, begin: Callable[[], Any]) -> None:
-        try:
-            with self._launching:
-                self._check()
-                work = begin()
-            if work is not None:
-                work.wait()
-        except RuntimeError as error:
-            raise ConnectionLost(str(error).splitlines()[0]) from error
-
-
-def meet(folder: Path, rank: int, world: int, backend: str) -> Group:
-    """The group of all ranks."""
-    store = c10d.FileStore(str(folder / backend), world)
-    store.set_timeout(MEETING)
-    if backend == "nccl":
-        for name, value in OF_NCCL.items():
-            os.environ.setdefault(name, value)
-        nccl: Any = c10d.ProcessGroupNCCL
-        cards: Group = nccl(store, rank, world, nccl.Options())
-        return cards
-    gloo: Any = c10d.ProcessGroupGloo
-    options = gloo._Options()
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
-    options._timeout = FOREVER
-    group: Group = gloo(store, rank, world, options)
-    return group
+    def _tell(self) -> None:
+        share = min([self._own_share, *(worker.share for worker in self._workers)])
+        if share > self._told:
+            self._told = share
+            self._progress("reading weights", share)

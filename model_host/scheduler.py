@@ -11,7 +11,7 @@ A sequence takes over what is cached of its beginning; and, if it may, what is c
 (reuse.shifted). All its gaps between are computed as one stretch of work, several in one step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from model_host.batch import Copy, Shift, Span, Step
@@ -160,19 +160,21 @@ class Scheduler:
         """The pages that hold the beginning of a prompt exactly, to be read at once."""
         return self._pool.exact_pages(ids)
 
-    def restore(self, ids: Ids) -> list[int]:
-        """Makes a prompt findable as if it had been computed, its full pages; returns those that were not there before, the last ones,
-        to be written at once. Nothing when there is no room."""
+    def restore(self, ids: Ids, write: Callable[[list[int]], None]) -> None:
+        """Makes a prompt findable as if it had been computed, its full pages, after those that were not there before, the last ones, were
+        written. Nothing is done when there is no room; nor what can be seen when `write` raises."""
         there = self._pool.match((*ids, -1))
         if there.tail_tokens:
             self._pool.release([there.tail])
         pages, new = there.pages, len(ids) // PAGE_TOKENS - len(there.pages)
-        has_room = new <= self._pool.available
-        if has_room:
-            pages = self._pool.publish([*pages, *self._pool.allocate(new)], ids[: (len(pages) + new) * PAGE_TOKENS])
-            self._note(ids)
-        self._pool.release(pages)
-        return pages[len(pages) - new :] if has_room else []
+        try:
+            if 0 < new <= self._pool.available:
+                pages = [*pages, *self._pool.allocate(new)]
+                write(pages[-new:])
+                pages = self._pool.publish(pages, ids[: len(pages) * PAGE_TOKENS])
+                self._note(ids)
+        finally:
+            self._pool.release(pages)
 
     def _note(self, ids: Ids) -> None:
         """Remembers a prompt as a source of latents for others."""

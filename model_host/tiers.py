@@ -133,8 +133,9 @@ class DiskTier:
             names = {file.name for file in self._folder.iterdir() if file.suffix == ".latents"}
         except OSError:
             names = set()
-        self._known = {name: self._known[name] if name in self._known else self._ids_in(self._folder / name) for name in names}
-        return self._known
+        known = self._known  # another thread may be here too
+        self._known = found = {name: known[name] if name in known else self._ids_in(self._folder / name) for name in names}
+        return found
 
     def _ids_in(self, file: Path) -> Ids:
         """The prompt of a file; nothing when it is not one of ours."""

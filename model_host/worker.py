@@ -1,7 +1,8 @@
 """One rank of `ranks`: reads its portion of a model, then does what rank 0 does, step by step, until it is ended.
 
 Run as `python -m model_host.worker`. On stdin come its orders, then commands, a line each. What it says goes to stdout, a line of JSON
-each: shares of loading, {"weight_bytes": ...} once it is ready, {"failure": ...} with the traceback when it fails. It ends when stdin does.
+each: shares of loading, {"weight_bytes": ...} once it is ready, {"failure": ...} with the traceback when it fails, {"lost": ...} when its
+connection breaks, mostly by another's failure. It ends when stdin does.
 """
 
 import json
@@ -21,7 +22,8 @@ from model_host.divided import SpreadModel
 from model_host.holders import load_rank
 from model_host.latents import LatentPool
 from model_host.orders import Begin, Command, Fill, Orders, read
-from model_host.ranks import LOST, ConnectionLost, Wire, meet
+from model_host.ranks import LOST
+from model_host.wire import ConnectionLost, Wire, meet
 
 
 def main() -> None:
@@ -36,7 +38,8 @@ def main() -> None:
     threading.Thread(target=listen, args=(lines,), daemon=True).start()
     try:
         work(Orders.read(lines.get()), lines, say)
-    except ConnectionLost:
+    except ConnectionLost as error:
+        say(lost=str(error))
         os._exit(LOST)
     except BaseException:
         say(failure=traceback.format_exc())

@@ -12,6 +12,7 @@ from model_host.devices import Device, Share
 from model_host.divided import RankedModel, SpreadModel
 from model_host.eager import TRIED_CONTEXT
 from model_host.experts import Held, Spread
+from model_host.generation import Progress
 from model_host.holders import load_dense, load_experts, load_spread
 from model_host.pages import pages_for
 from model_host.runner import StepModel
@@ -51,7 +52,13 @@ def divided(whole: int, parts: int, least: int = 1) -> list[range]:
 
 
 def in_ranks(
-    folder: Path, precision: str, world: int, kernels: str = "torch", devices: tuple[Device, ...] = (), on_cpu: int = 0
+    folder: Path,
+    precision: str,
+    world: int,
+    kernels: str = "torch",
+    devices: tuple[Device, ...] = (),
+    on_cpu: int = 0,
+    progress: Progress = quiet,
 ) -> RankedModel:
     """A portion of every layer on each of so many devices; the last experts where a plan puts what does not fit."""
     config = ModelConfig.read(folder)
@@ -70,7 +77,7 @@ def in_ranks(
     if on_cpu:
         cpu = Device(name="cpu", kind="cpu", free_bytes=0, bytes_per_s=1.0)
         shares.append(Share(device=cpu, layers=range(0), experts=range(experts - on_cpu, experts), weight_bytes=0))
-    model = load_spread(folder, shares, precision=precision, dtype=torch.float32, threads=1, kernels=kernels, progress=quiet)
+    model = load_spread(folder, shares, precision=precision, dtype=torch.float32, threads=1, kernels=kernels, progress=progress)
     assert isinstance(model, RankedModel)
     return model
 

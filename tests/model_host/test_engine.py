@@ -15,7 +15,7 @@ from model_host import engine as engine_module
 from model_host.checkpoints import STARTER
 from model_host.engine import LocalEngine, load_engine
 from model_host.errors import EngineClosed, RequestError
-from model_host.generation import Chat, Cost, Fim, Finish, Grammar, Message, Priority, Request, Reuse, Sampling
+from model_host.generation import Chat, Cost, Fim, Finish, Generation, Grammar, Message, Priority, Request, Reuse, Sampling
 
 PREFIX = "import os\n\n\nclass Shop:\n    def __init__(self, name):\n        self.name = name\n\n    def label(self):\n"
 SUFFIX = "\n\ndef main():\n    print(Shop('a').label())\n"
@@ -189,6 +189,18 @@ async def test_a_request_cancelled_while_it_waits_computes_nothing(engine: Local
     cost = await waiting.finished()
     assert (cost.finish, cost.computed_tokens, cost.new_tokens) == (Finish.CANCELLED, 0, 0)
     await running.finished()
+
+
+async def test_a_request_that_comes_while_the_engine_is_closed_hears_that(monkeypatch: pytest.MonkeyPatch):
+    running = fresh()
+
+    def late() -> Generation:
+        running.close()  # as another thread may, just then
+        return Generation()
+
+    monkeypatch.setattr(engine_module, "Generation", late)
+    with pytest.raises(EngineClosed):
+        await asyncio.wait_for(running.submit(hole()).finished(), 30)
 
 
 async def test_greedy_says_the_same_twice_and_a_seed_decides_what_sampling_says(engine: LocalEngine):

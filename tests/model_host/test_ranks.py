@@ -4,29 +4,39 @@ whatever becomes of one of them is a sentence to the request that ran, and nothi
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
 from model_host import hot, ranks, runner
+from model_host import wire as wire_module
 from model_host.batch import Copy, Shift, Span, Step
 from model_host.catalogue import LARGE, LITE, Entry, Precision
-from model_host.checkpoints import STARTER
+from model_host.checkpoints import STARTER, checked_shards, tensors
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Device
 from model_host.divided import RankedModel
+from model_host.eager import TRIED_CONTEXT
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, RankLost
 from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
+from model_host.latents import LatentPool
 from model_host.native.library import available_levels
 from model_host.orders import Begin, Fill, Orders, Post, read, written
+from model_host.pages import pages_for
 from model_host.placement import RESERVED_BYTES, Demand, Plan, plan
-from model_host.ranks import ConnectionLost, Ranks, Wire, backend_for, meet
+from model_host.ranks import Ranks
+from model_host.wire import ConnectionLost, Group, Wire, backend_for, meet
 from tests.model_host import twins
 from tests.model_host.loaded import CPU, divided, greedy, in_ranks, quiet, whole
 
@@ -119,8 +129,12 @@ def test_ranks_take_the_bytes_that_the_plan_says(on_cards: Callable[[tuple[Devic
     made = plan(Demand(entry=entry, precision=Precision.FLOAT32, context_tokens=FEW_TOKENS), devices)
     assert isinstance(made, Plan) and len(made.shares) == 3
     on_cards(devices)
-    model = runner.load(STARTER, device="auto", dtype="float32", threads=1, kernels="torch", progress=quiet)
+    shares: list[float] = []
+    model = runner.load(
+        STARTER, device="auto", dtype="float32", threads=1, kernels="torch", progress=lambda what, share: shares.append(share)
+    )  # fmt: skip
     assert isinstance(model, RankedModel)
+    assert shares == sorted(set(shares)) and 0 < shares[0] < shares[-1] == pytest.approx(1), "the slowest one's, all that it reads"
     try:
         assert [worker.weight_bytes for worker in model._ranks._workers] == [share.weight_bytes for share in made.shares[1:]]
         assert model.own.weight_bytes == made.shares[0].weight_bytes
@@ -195,6 +209,10 @@ def test_a_rank_that_fails_in_a_step_brings_its_traceback_home(one_folder: Path,
     with pytest.raises(RankLost, match=r"(?s)rank 1 on cpu failed: Traceback.*in follow.*latents.copy"):
         model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
     assert not model._ranks.is_running
+    config = (one_folder / "config.json").rename(one_folder / "elsewhere")
+    with pytest.raises(RankLost, match=r"(?s)rank 1 on cpu could not start: Traceback.*holds no config.json.*with the next request"):
+        model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    config.rename(one_folder / "config.json")
     logits = model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
     assert logits.shape == (1, model.config.vocab_size) and greedy(model, new=2)[0] == wanted
 
@@ -211,15 +229,144 @@ def test_a_step_that_breaks_here_starts_the_others_anew(one_folder: Path, ranked
     assert greedy(model, new=2)[0] == wanted
 
 
-def test_a_rank_that_cannot_start_says_why(one_folder: Path, tmp_path: Path):
-    portion = Portion(heads=range(1), inner=range(1), shared=range(0))
-    broken = Ranks(
-        tmp_path / "nowhere", [Post(device="cpu", portion=portion, experts=range(3))], home=CPU, precision="float32",
-        dtype=torch.float32, threads=1, kernels="torch",
-    )  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 could not start: Traceback.*holds no config.json"):
-        broken.start(quiet)
+def test_a_rank_that_dies_again_while_it_is_started_anew_spoils_nothing(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(pages_for(TRIED_CONTEXT))
+    model.prepare(pool)
+    model.forward(Step(ids=tuple(range(20)), spans=(Span(tokens=20, context=20, pages=(0, 1)),), wanted=()), pool)
+    following = Step(ids=(20,), spans=(Span(tokens=1, context=21, pages=(0, 1)),), wanted=(0,))
+    wanted = model.forward(following, pool)
+    prepare = model.own.prepare
+
+    def dying(latents: LatentPool) -> None:
+        os.kill(pid_of(model, 1), signal.SIGKILL)
+        prepare(latents)
+        assert model._ranks.wire is not None
+        model._ranks.wire.summed(torch.ones(1))  # as where it captures graphs, in which there are sums
+
+    os.kill(pid_of(model, 1), signal.SIGKILL)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.own, "prepare", dying)
+        for _ in range(2):  # the first finds out about the first death, the second starts it anew
+            with pytest.raises(RankLost, match="ended by signal 9"):
+                model.forward(following, pool)
+    assert torch.allclose(model.forward(following, pool), wanted, atol=1e-5)
+
+
+@pytest.fixture
+def other(one_folder: Path) -> Iterator[Ranks]:
+    """One more rank beside this process, not started."""
+    with_one = of_one(one_folder)
+    yield with_one
+    with_one.close()
+
+
+def of_one(folder: Path) -> Ranks:
+    post = Post(device="cpu", portion=Portion(heads=range(1), inner=range(1), shared=range(0)), experts=range(3))
+    return Ranks(folder, [post], home=CPU, precision="float32", dtype=torch.float32, threads=1, kernels="torch")
+
+
+def heard(other: Ranks, what: Callable[[ranks.Worker], object]) -> ranks.Worker:
+    """The one rank, once that is true of it."""
+    [worker] = other._workers
+    with other._news:
+        assert other._news.wait_for(lambda: what(worker), 60)
+    return worker
+
+
+def test_a_rank_that_cannot_start_says_why(tmp_path: Path):
+    broken = of_one(tmp_path / "nowhere")
+    broken.start(quiet)
+    with pytest.raises(CheckpointError, match=r"(?s)process of rank 1 on cpu could not start: Traceback.*holds no config.json"):
+        broken.join()
     assert not broken.is_running and not broken._workers
+
+
+def test_rank_0_need_not_go_on_reading_when_another_one_has_died(other: Ranks, one_folder: Path):
+    """It reads while they read."""
+    other.start(quiet)
+    process = heard(other, lambda worker: not worker.weight_bytes).process
+    process.kill()
+    heard(other, lambda worker: worker.is_gone)
+    shares: list[float] = []
+
+    def told(what: str, share: float) -> None:
+        shares.append(share)
+        other.beside(what, share)
+
+    with pytest.raises(CheckpointError, match=r"rank 1 on cpu could not start: it was ended by signal 9, as the system does"):
+        for _ in tensors(checked_shards(one_folder, ModelConfig.read(one_folder)), told):
+            pass
+    assert len(shares) == 1, "at the first sign"
+
+
+@pytest.mark.parametrize("moment", ["before they meet", "when they meet", "when they have met"])
+def test_a_rank_that_dies_once_it_has_its_weights_is_noticed_at_once(moment: str, other: Ranks, monkeypatch: pytest.MonkeyPatch):
+    other.start(quiet)
+    process = heard(other, lambda worker: worker.weight_bytes).process
+
+    def meeting(*arguments) -> Group:
+        if moment == "when they meet":
+            process.kill()
+        group = meet(*arguments)
+        if moment == "when they have met":
+            process.kill()
+        return group
+
+    monkeypatch.setattr(ranks, "meet", meeting)
+    if moment == "before they meet":
+        process.kill()
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"process of rank 1 on cpu could not start: it was ended by signal 9"):
+        other.join()
+    assert time.monotonic() - started < 20, "where looking for it would take 120 s, and connecting a year"
+
+
+def test_ranks_that_do_not_come_to_the_meeting_are_told_and_ended(other: Ranks, monkeypatch: pytest.MonkeyPatch):
+    other.start(quiet)
+    process = heard(other, lambda worker: worker.weight_bytes).process
+    os.kill(process.pid, signal.SIGSTOP)
+    for module in (ranks, wire_module):
+        monkeypatch.setattr(module, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(ranks, "LAST_WORDS_S", 1.0)
+    with pytest.raises(CheckpointError, match=r"processes could not connect \(.*\)\. With device set to a single one"):
+        other.join()
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_a_rank_that_reads_nothing_any_more_is_told_and_ended(other: Ranks, monkeypatch: pytest.MonkeyPatch):
+    """As one does whose disk is somewhere in the network, and gone."""
+    other.start(quiet)
+    process = other._workers[0].process
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(ranks, "SILENCE_S", 1.0)
+    with pytest.raises(CheckpointError, match=r"rank 1 on cpu has read nothing for .* after 0% .* the disk of .*twin does not answer"):
+        other.join()
+    assert process.poll() == -signal.SIGKILL
+
+
+LOADING = """
+import sys
+from pathlib import Path
+from tests.model_host.loaded import in_ranks
+in_ranks(Path(sys.argv[1]), "int4", 2, progress=lambda what, share: print(share, flush=True))
+"""
+
+
+def test_ranks_end_when_the_one_that_started_them_is_killed_while_they_read(tmp_path: Path):
+    slow = {"hidden_size": 1024, "moe_intermediate_size": 384, "n_routed_experts": 64, "intermediate_size": 1024}
+    folder = twins.write(tmp_path / "twin", twins.hub_config(Entry(name="twin", shape=LITE, context_tokens=1), **slow), blank=True)
+    host = subprocess.Popen([sys.executable, "-c", LOADING, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert host.stdout is not None
+    share = float(host.stdout.readline())
+    [worker] = psutil.Process(host.pid).children()
+    host.kill()
+    host.wait()
+    host.stdout.close()
+    worker.wait(20)
+    assert share < 0.5, "it was reading"
 
 
 def test_ranks_end_when_the_one_that_started_them_is_gone(one_folder: Path, ranked: Callable[..., RankedModel]):
@@ -241,7 +388,7 @@ def test_ranks_end_when_the_one_that_started_them_is_gone(one_folder: Path, rank
     ],
 )
 def test_nccl_is_taken_where_every_rank_has_a_card_of_its_own(devices: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ranks.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr("model_host.wire.dist.is_nccl_available", lambda: True)
     assert backend_for([torch.device(device) for device in devices]) == backend
 
 

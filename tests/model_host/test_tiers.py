@@ -221,6 +221,46 @@ async def test_what_is_not_exact_is_never_written(tmp_path: Path, monkeypatch: p
     assert exact.cached_tokens < LONG.index("value * 7\n")  # in characters, far more than tokens
 
 
+async def test_when_nothing_can_be_kept_requests_are_answered_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr("model_host.engine.PAUSE_S", 0.01)
+    engine = engine_on(tmp_path)
+    tried = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def full(pages: list[int]) -> Latents:
+        loop.call_soon_threadsafe(tried.set)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine._runner, "take_out", full)
+    try:
+        said, _ = await ask(engine, hole("    def st", prefix=LONG))
+        await asyncio.wait_for(tried.wait(), 30)
+        again, _ = await asyncio.wait_for(ask(engine, hole("    def st", prefix=LONG)), 30)
+    finally:
+        engine.close()
+    assert again == said and "CUDA out of memory" in caplog.text
+
+
+async def test_what_cannot_be_taken_back_is_computed_and_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    request = hole("    def st", prefix=LONG, tokens=16)
+    first = engine_on(tmp_path)
+    cold, _ = await ask(first, request)
+    first.close()
+    second = engine_on(tmp_path)
+
+    def full(pages: list[int], *latents: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(second._runner._latents, "put_in", full)
+            said, cost = await ask(second, request)
+        again, _ = await ask(second, request)
+    finally:
+        second.close()
+    assert said == again == cold and not cost.cached_tokens and "CUDA out of memory" in caplog.text
+
+
 added = st.sampled_from(["", "x", "self.", "\n", "é🙂"])
 changes = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 9), added, st.booleans()), max_size=4)
 
