@@ -224,10 +224,10 @@ def unreachable(where: Endpoint, error: Exception) -> str:
     return f"The connection to {where.host} was lost ({type(error).__name__}): it may have been restarted. Try again."
 
 
-def refusal(where: Endpoint, status: int, body: str) -> str:
+def refusal(where: Endpoint, status: int, body: str, *, of_hole: bool = False) -> str:
     """What an answer that is no success means to the user."""
     said = message_in(body)
-    if status in (400, 404, 501) and where.fim in ("suffix", "infill"):
+    if of_hole and where.fim in ("suffix", "infill") and status in (400, 404, 501) and not is_no_room(status, body):
         return f"{where.host} may not know remote.fim = {where.fim!r} ({status}{said}): set it to 'tokens', and check remote.url."
     if status in (401, 403):
         return f"{where.host} refuses the token ({status}): put the right one into {TOKEN_VARIABLE} or remote.token_file."
@@ -547,7 +547,7 @@ class RemoteEngine:
 
     async def _refused(self, response: httpx2.Response, with_extras: bool) -> None:
         content, status = (await response.aread()).decode("utf-8", "replace"), response.status_code
-        sentence = refusal(self._where, status, content)
+        sentence = refusal(self._where, status, content, of_hole=not response.url.path.endswith("/chat/completions"))
         if is_no_room(status, content):
             raise NoRoom(sentence)
         if status in (400, 422):

@@ -270,6 +270,9 @@ async def test_a_way_to_ask_for_holes_that_the_server_lacks_is_named(open_engine
         engine, _ = open_engine(refusal, fim=fim)
         with pytest.raises(EngineError, match=rf"may not know remote.fim = '{fim}' .*: set it to 'tokens'"):
             await text_of(engine)
+        with pytest.raises(EngineError) as told:
+            await text_of(engine, Request(prompt=Chat(messages=(Message(role="user", content="hello"),)), max_new_tokens=9))
+        assert "remote.fim" not in str(told.value), "questions have nothing to do with it"
 
 
 async def test_characters_cut_in_half_come_out_whole(open_engine: Any):
