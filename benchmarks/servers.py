@@ -22,8 +22,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,8 +101,8 @@ def request_is_running(url: str) -> bool:
     return any(float(number) for number in running)
 
 
-@contextmanager
-def served(kind: Kind, options: Sequence[str], place: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+@asynccontextmanager
+async def served(kind: Kind, options: Sequence[str], place: Path) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,7 +113,7 @@ def served(kind: Kind, options: Sequence[str], place: Path) -> Iterator[tuple[st
             while not answers(url):
                 if process.poll() is not None or time.monotonic() > end:
                     raise SystemExit(f"{kind.name} did not start:\n{log.read_text(errors='replace')[-3000:]}")
-                time.sleep(0.2)
+                await asyncio.sleep(0.2)
             yield url, process
         finally:
             kill(process)
@@ -196,7 +196,9 @@ async def compared(kind: Kind, options: Sequence[str]) -> dict[str, float]:
     wanted = [await said(here, request) for request in requests]
     answered = [await said(here, request) for request in chats]
     here.close()
-    with tempfile.TemporaryDirectory() as place, served(kind, options, Path(place)) as (url, process):
+    async with AsyncExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url, process = await stack.enter_async_context(served(kind, options, place))
         for fim in kind.fims:
             there = await asyncio.to_thread(connect, Endpoint(url=f"{url}/v1", fim=fim))
             metrics[f"{fim}_same"] = await same(there, requests, wanted)
