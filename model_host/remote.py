@@ -9,6 +9,7 @@ goes to the one address that the user named: redirects are not followed.
 import asyncio
 import json
 import random
+import re
 import ssl
 import stat
 import threading
@@ -30,13 +31,22 @@ from model_host.stops import StopStrings
 TOKEN_VARIABLE = "DEEPSEEK_ENGINE_TOKEN"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
+NO_TEXT = (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END)
+"""What is never part of an answer: it ends there, as that of the engine here does."""
 BAR = "｜"
 ADDS_BOS = frozenset({"llamacpp"})
 """Servers, by what they say `owned_by` is, that begin every prompt with BOS themselves."""
-KNOWS_SWITCH = frozenset({"vllm"})
-"""Servers that add BOS or not, and can be told not to."""
-CHARS_PER_TOKEN = 3
-"""Of code, at least about: the tokenizer is on the other side."""
+OF_VLLM: dict[str, Any] = {
+    "skip_special_tokens": False,  # else it leaves them out of the text and writes on, where our engine ends
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},  # most answers are left before the last event
+}
+MOST_STOPS = 4
+"""OpenAI's limit, and vLLM's since 0.32. What stands behind it is looked for on this side alone."""
+CHARS_PER_TOKEN = (3.0, 1.5, 0.75, 0.3)
+"""Of code, of numbers and signs, of Chinese, of Chinese in a small vocabulary: the tokenizer is on the other side, so a hole is cut by
+these in turn until there is room for it."""
+NO_ROOM = re.compile("context (length|size|window)", re.IGNORECASE)
+"""How vLLM, SGLang and llama-server say that a prompt is too long."""
 USUAL_CONTEXT_TOKENS = 16_384
 """Where the server does not say."""
 
@@ -214,9 +224,11 @@ def unreachable(where: Endpoint, error: Exception) -> str:
     return f"The connection to {where.host} was lost ({type(error).__name__}): it may have been restarted. Try again."
 
 
-def refusal(where: Endpoint, status: int, body: str) -> str:
+def refusal(where: Endpoint, status: int, body: str, *, of_hole: bool = False) -> str:
     """What an answer that is no success means to the user."""
     said = message_in(body)
+    if of_hole and where.fim in ("suffix", "infill") and status in (400, 404, 501) and not is_no_room(status, body):
+        return f"{where.host} may not know remote.fim = {where.fim!r} ({status}{said}): set it to 'tokens', and check remote.url."
     if status in (401, 403):
         return f"{where.host} refuses the token ({status}): put the right one into {TOKEN_VARIABLE} or remote.token_file."
     if status == 404:
@@ -227,7 +239,13 @@ def refusal(where: Endpoint, status: int, body: str) -> str:
         return f"{where.host} sends elsewhere ({status}), which is not followed: set remote.url to the place itself."
     if status >= 500:
         return f"{where.host} failed on this request ({status}{said}): see the server's own log."
+    if is_no_room(status, body):
+        return f"{where.host} has no room for so long a prompt ({status}{said}): select less code, or serve the model with more context."
     return f"{where.host} does not take this request ({status}{said})."
+
+
+def is_no_room(status: int, body: str) -> bool:
+    return status == 413 or (status == 400 and NO_ROOM.search(message_in(body)) is not None)
 
 
 def message_in(body: str) -> str:
@@ -239,7 +257,7 @@ def message_in(body: str) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""
     words = " ".join(str(said).split())
-    return f": {words[:200]}" if words else ""
+    return f": {words[:300].removesuffix('.')}" if words else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,18 +270,20 @@ class Question:
     """Fields of one server's own, left out where the server refuses them."""
 
 
-def question(request: Request, where: Endpoint, served: Served) -> Question:
+def question(request: Request, where: Endpoint, served: Served, chars_per_token: float = CHARS_PER_TOKEN[0]) -> Question:
     """Raises RequestError when the request cannot be asked there."""
     sampling = request.sampling
     body: dict[str, Any] = {"model": served.model, "stream": True, "temperature": sampling.temperature}
     extras: dict[str, Any] = {"stream_options": {"include_usage": True}}
+    if served.owner == "vllm":
+        body, extras = body | OF_VLLM, {}
     if sampling.temperature > 0:
         body |= {"top_p": sampling.top_p, "seed": sampling.seed}
         extras |= {name: value for name, value in (("top_k", sampling.top_k), ("min_p", sampling.min_p)) if value}
     if sampling.repetition_penalty != 1.0:
         extras["repetition_penalty"] = sampling.repetition_penalty
     if request.stop:
-        body["stop"] = list(request.stop)
+        body["stop"] = list(request.stop[:MOST_STOPS])
     if request.grammar is not None:
         if request.grammar.kind != "json_schema":
             raise RequestError(f"A remote engine takes JSON schemas, not a grammar of the kind {request.grammar.kind}.")
@@ -275,7 +295,7 @@ def question(request: Request, where: Endpoint, served: Served) -> Question:
         if request.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": request.logprobs}
         return Question(f"{where.url}/chat/completions", body, extras)
-    room = max(served.context_tokens - request.max_new_tokens, 0) * CHARS_PER_TOKEN
+    room = int(max(served.context_tokens - request.max_new_tokens, 0) * chars_per_token)
     fim = cut(request.prompt, room)
     if where.fim == "infill":
         infill = {"input_prefix": fim.prefix, "input_suffix": fim.suffix, "prompt": fim.middle, "n_predict": request.max_new_tokens}
@@ -287,8 +307,8 @@ def question(request: Request, where: Endpoint, served: Served) -> Question:
     if where.fim == "suffix":
         body |= {"prompt": fim.repository + fim.prefix + fim.middle, "suffix": fim.suffix}
         return Question(f"{where.url}/completions", body, extras)
-    if served.owner in KNOWS_SWITCH:
-        extras["add_special_tokens"] = False
+    if served.owner == "vllm":  # it adds BOS where the tokenizer's settings say so, and can be told not to
+        body["add_special_tokens"] = False
     begin = "" if served.owner in ADDS_BOS else BOS
     repository, prefix, suffix, middle = map(defused, (fim.repository, fim.prefix, fim.suffix, fim.middle))
     body["prompt"] = f"{begin}{FIM_BEGIN}{repository}{prefix}{FIM_HOLE}{suffix}{FIM_END}{middle}"
@@ -345,6 +365,7 @@ class Reading:
 
     stops: StopStrings
     started_at: float
+    ends: StopStrings = field(default_factory=lambda: StopStrings(NO_TEXT))
     sent_at: float = 0.0
     first_at: float = 0.0
     last_at: float = 0.0
@@ -359,6 +380,10 @@ class Reading:
         text = self.half + piece
         self.half = text[-1] if text and "\ud800" <= text[-1] <= "\udbff" else ""
         return text[: len(text) - len(self.half)].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    def rest(self) -> str:
+        """What was held back at the answer's end as the beginning of something that did not come."""
+        return "" if self.stops.has_come else self.stops.add(self.ends.end()) + self.stops.end()
 
     def cost(self, finish: Finish) -> Cost:
         prompt, new = (count_in(self.usage, name) for name in ("prompt_tokens", "completion_tokens"))
@@ -383,9 +408,13 @@ def count_in(usage: dict[str, Any], name: str) -> int:
 class TryAgain(Exception):
     """Nothing was said yet, and a second attempt may go better."""
 
-    def __init__(self, sentence: str, wait_s: float | None = None) -> None:
+    def __init__(self, sentence: str, wait_s: float | None = None, *, without_extras: bool = False) -> None:
         super().__init__(sentence)
-        self.sentence, self.wait_s = sentence, wait_s
+        self.sentence, self.wait_s, self.without_extras = sentence, wait_s, without_extras
+
+
+class NoRoom(RequestError):
+    """The prompt is too long for the server. That of a hole can be cut shorter."""
 
 
 class RemoteEngine:
@@ -436,7 +465,7 @@ class RemoteEngine:
 
     async def _answer(self, request: Request, generation: Generation) -> None:
         """Feeds the generation to its end, whatever happens."""
-        reading = Reading(StopStrings((*request.stop, EOS, FIM_BEGIN)), time.monotonic())
+        reading = Reading(StopStrings(request.stop), time.monotonic())
         asking = asyncio.create_task(self._ask(request, generation, reading))
         try:
             while not asking.done() and not generation.is_cancelled:
@@ -447,7 +476,7 @@ class RemoteEngine:
                 generation.feed(reading.cost(Finish.CANCELLED))
                 return
             finish = asking.result()
-            if finish is not Finish.STOP and (text := reading.stops.end()):
+            if text := reading.rest():
                 generation.feed(text)
             generation.feed(reading.cost(finish))
         except EngineError as error:
@@ -460,26 +489,44 @@ class RemoteEngine:
             generation.feed(EngineError(f"The answer of {self._where.host} could not be read: {error!r}. Please report it."))
 
     async def _ask(self, request: Request, generation: Generation, reading: Reading) -> Finish:
+        """Asks with as much of a hole's surroundings as there proves to be room for. A question is not cut."""
+        asked, refused = None, None
+        for chars_per_token in CHARS_PER_TOKEN:
+            shorter = question(request, self._where, self._served, chars_per_token)
+            if shorter == asked:
+                continue
+            asked = shorter
+            try:
+                return await self._insist(asked, generation, reading)
+            except NoRoom as error:
+                refused = error
+        assert refused is not None
+        raise refused
+
+    async def _insist(self, asked: Question, generation: Generation, reading: Reading) -> Finish:
         """Asks as often as is worth it; once a word of the answer was shown there is no second attempt."""
-        asked = question(request, self._where, self._served)
+        with_extras = bool(asked.extras) and not self._refuses_extras
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await self._read(asked, generation, reading)
+                return await self._read(asked, with_extras, generation, reading)
             except TryAgain as error:
+                with_extras = with_extras and not error.without_extras
                 wait_s = BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0) if error.wait_s is None else error.wait_s
                 if attempt == ATTEMPTS or wait_s > LONGEST_WAIT_S:
                     raise EngineError(error.sentence) from error
                 await asyncio.sleep(wait_s)
         raise AssertionError
 
-    async def _read(self, asked: Question, generation: Generation, reading: Reading) -> Finish:
+    async def _read(self, asked: Question, with_extras: bool, generation: Generation, reading: Reading) -> Finish:
         where = self._where
-        body = asked.body if self._refuses_extras else asked.body | asked.extras
+        body = asked.body | asked.extras if with_extras else asked.body
         reading.sent_at = time.monotonic()
         try:
             async with asyncio.timeout(where.timeout_s) as patience, self._client.stream("POST", asked.path, json=body) as response:
                 if not response.is_success:
-                    await self._refused(response, asked)
+                    await self._refused(response, with_extras)
+                if asked.extras and not with_extras:  # taken without them: it was them that was refused, not the request
+                    self._refuses_extras = True
                 async for event in self._events(response, patience):
                     if self._take(event, generation, reading):
                         return reading.finish or Finish.END
@@ -498,16 +545,17 @@ class RemoteEngine:
         lost = f"{where.host} ended the connection within its answer: see its log."
         raise EngineError(lost) if reading.pieces else TryAgain(lost)
 
-    async def _refused(self, response: httpx2.Response, asked: Question) -> None:
-        content = (await response.aread()).decode("utf-8", "replace")
-        if response.status_code in (400, 422) and asked.extras and not self._refuses_extras:
-            self._refuses_extras = True
-            raise TryAgain(refusal(self._where, response.status_code, content), 0.0)
-        sentence = refusal(self._where, response.status_code, content)
-        if response.status_code in TRY_AGAIN:
+    async def _refused(self, response: httpx2.Response, with_extras: bool) -> None:
+        content, status = (await response.aread()).decode("utf-8", "replace"), response.status_code
+        sentence = refusal(self._where, status, content, of_hole=not response.url.path.endswith("/chat/completions"))
+        if is_no_room(status, content):
+            raise NoRoom(sentence)
+        if status in (400, 422):
+            raise TryAgain(sentence, 0.0, without_extras=True) if with_extras else RequestError(sentence)
+        if status in TRY_AGAIN:
             asked_for = response.headers.get("retry-after", "")
             raise TryAgain(sentence, float(asked_for) if asked_for.isdigit() else None)
-        raise RequestError(sentence) if response.status_code in (400, 413, 422) else EngineError(sentence)
+        raise EngineError(sentence)
 
     async def _events(self, response: httpx2.Response, patience: asyncio.Timeout) -> AsyncIterator[str]:
         """The data of every event; that of an answer which is not streamed is one. Each must come within `stall_s` of the last."""
@@ -533,6 +581,9 @@ class RemoteEngine:
                 f"{self._where.host} answers with something that is not JSON: it does not speak OpenAI's protocol."
             ) from error
         if not isinstance(said, dict) or "error" in said:
+            status = code_in(said)
+            if 400 <= status < 500:  # vLLM begins an answer before it has looked at all of the request
+                raise RequestError(refusal(self._where, status, event))
             words = message_in(event) if isinstance(said, dict) else ""
             raise EngineError(f"{self._where.host} failed within its answer{words}: see the server's own log.")
         if isinstance(said.get("usage"), dict):
@@ -544,21 +595,27 @@ class RemoteEngine:
             reading.pieces += 1
         for logprob in logprobs:
             generation.feed(logprob)
-        if shown := reading.stops.add(reading.whole(text)):
+        if shown := reading.stops.add(reading.ends.add(reading.whole(text))):
             generation.feed(shown)
-        if reading.stops.has_come:
-            reading.finish = Finish.STOP
+        if reading.stops.has_come or reading.ends.has_come:
+            reading.finish = Finish.STOP if reading.stops.has_come else Finish.END
             return True
-        if ended is not None:
-            reading.finish = Finish.LENGTH if ended in ("length", "limit") else Finish.END
+        reading.finish = ended or reading.finish
         return False
 
 
-def parts_of(said: dict[str, Any]) -> tuple[str, str | None, list[TokenLogprob]]:
+def code_in(said: Any) -> int:
+    """The status of an error that came as an event; 0 where it has none."""
+    error = said.get("error") if isinstance(said, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else 0
+
+
+def parts_of(said: dict[str, Any]) -> tuple[str, Finish | None, list[TokenLogprob]]:
     """The text, why the answer ends here, and log-probabilities, of an event in any of the three forms. Raises EngineError."""
     if "content" in said and "choices" not in said:  # llama-server's own
-        ended = str(said.get("stop_type", "eos")) if said.get("stop") else None
-        return text_in(said, "content"), ended, []
+        why = {"word": Finish.STOP, "limit": Finish.LENGTH}.get(str(said.get("stop_type")), Finish.END)
+        return text_in(said, "content"), why if said.get("stop") else None, []
     choices = said.get("choices")
     if not isinstance(choices, list):
         raise EngineError("The server's answer has no 'choices': it does not speak OpenAI's protocol.")
@@ -567,8 +624,16 @@ def parts_of(said: dict[str, Any]) -> tuple[str, str | None, list[TokenLogprob]]
     choice = choices[0] if isinstance(choices[0], dict) else {}
     inner = choice.get("delta") or choice.get("message")
     text = text_in(inner, "content") if isinstance(inner, dict) else text_in(choice, "text")
-    ended = choice.get("finish_reason")
-    return text, str(ended) if ended else None, list(logprobs_in(choice.get("logprobs")))
+    return text, finish_in(choice), list(logprobs_in(choice.get("logprobs")))
+
+
+def finish_in(choice: dict[str, Any]) -> Finish | None:
+    """Why the answer ends here, if it does. vLLM and SGLang name the stop string that came."""
+    if not choice.get("finish_reason"):
+        return None
+    if choice["finish_reason"] == "length":
+        return Finish.LENGTH
+    return Finish.STOP if isinstance(choice.get("stop_reason") or choice.get("matched_stop"), str) else Finish.END
 
 
 def text_in(said: dict[str, Any], name: str) -> str:

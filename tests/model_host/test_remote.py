@@ -102,7 +102,9 @@ def test_every_server_is_asked_in_its_own_way():
     def asked(owner: str = "", **changes: Any) -> remote.Question:
         return question(HOLE, Endpoint(**{"url": "http://x/v1"} | changes), Served(model="m", owner=owner))
 
-    assert asked("vllm").extras["add_special_tokens"] is False and asked("vllm").body["prompt"].startswith(remote.BOS)
+    vllm = asked("vllm").body
+    assert vllm["add_special_tokens"] is vllm["skip_special_tokens"] is False and vllm["prompt"].startswith(remote.BOS)
+    assert vllm["stream_options"] == {"include_usage": True, "continuous_usage_stats": True} and asked("vllm").extras == {}
     assert asked("llamacpp").body["prompt"].startswith(remote.FIM_BEGIN)
     suffix = asked(fim="suffix").body
     assert (suffix["prompt"], suffix["suffix"]) == ("def f():\n    re", "\n")
@@ -189,7 +191,7 @@ async def test_what_may_go_better_is_tried_again_until_a_word_was_said(open_engi
         ([status(401)], "refuses the token (401)", 1),
         ([status(404, '{"detail": "no"}')], "no such address or model (404: no)", 1),
         ([status(302, headers="Location: http://elsewhere/\r\n")], "sends elsewhere (302), which is not followed", 1),
-        ([status(413)], "does not take this request (413)", 1),
+        ([status(413)], "has no room for so long a prompt (413)", 1),
         ([hangs_up], "connection to 127.0.0.1", 4),
         ([says(event("a"))], "ended the connection within its answer", 1),
         ([says(event("a"), 3.0)], "fell silent for 0.3 s", 1),
@@ -223,10 +225,54 @@ async def test_fields_that_a_server_does_not_know_are_left_out_from_then_on(open
     assert ["stream_options" in asked.body for asked in server.asked] == [True, False, False]
 
 
-async def test_a_request_that_is_refused_for_itself_says_why(open_engine: Any):
-    engine, _ = open_engine(status(400, '{"message": "maximum context length is 10"}'))
-    with pytest.raises(RequestError, match="maximum context length is 10"):
+async def test_a_request_that_is_refused_for_itself_says_why_and_the_next_one_keeps_its_fields(open_engine: Any):
+    engine, server = open_engine(status(400, '{"error": {"message": "seed: Input should be less than 9", "code": 400}}'))
+    with pytest.raises(RequestError, match=r"does not take this request \(400: seed: Input should be less than 9\)"):
         await text_of(engine)
+    server.script[:] = [says(*GOOD)]
+    assert await text_of(engine) == "a = 1\n"
+    assert ["stream_options" in asked.body for asked in server.asked] == [True, False, True]
+
+
+TOO_LONG = """This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens, which exceeds \
+this limit even without any output tokens. Please reduce the length of the input prompt. (parameter=input_text, value=0)"""
+NO_ROOM = status(400, json.dumps({"error": {"message": TOO_LONG, "type": "BadRequestError", "code": 400}}))
+
+
+async def test_a_hole_that_proves_too_long_is_asked_again_with_less_around_it(open_engine: Any):
+    engine, server = open_engine(NO_ROOM, NO_ROOM, says(*GOOD), models=listing("coder", owned_by="vllm", max_model_len=110))
+    dense = Request(prompt=Fim(prefix="1" * 500 + "P", suffix="S" + "2" * 500, middle="m"), max_new_tokens=10)
+    assert await text_of(engine, dense) == "a = 1\n"
+    chars = [asked.body["prompt"].count("1") + asked.body["prompt"].count("2") for asked in server.asked]
+    assert chars == [297, 147, 72] and all("1P<" in asked.body["prompt"] and ">S2" in asked.body["prompt"] for asked in server.asked)
+
+
+async def test_what_there_is_no_room_for_at_all_is_told_and_not_asked_again_unchanged(open_engine: Any):
+    engine, server = open_engine(NO_ROOM, models=listing("coder", owned_by="vllm", max_model_len=2048))
+    for request in (HOLE, Request(prompt=Chat(messages=(Message(role="user", content="x " * 9999),)), max_new_tokens=9)):
+        server.asked.clear()
+        with pytest.raises(RequestError, match=r"no room for so long a prompt .*maximum context length is 2048 tokens.*: select less code"):
+            await text_of(engine, request)
+        assert len(server.asked) == 1
+
+
+async def test_a_request_that_is_refused_within_the_answer_is_not_called_a_failure(open_engine: Any):
+    said = {"error": {"message": "Grammar error: Invalid type: nonsense", "type": "BadRequestError", "param": None, "code": 400}}
+    engine, server = open_engine(says(b"data: " + json.dumps(said).encode() + b"\n\ndata: [DONE]\n\n"))
+    with pytest.raises(RequestError, match=r"does not take this request \(400: Grammar error: Invalid type: nonsense\)"):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("fim", ["suffix", "infill"])
+async def test_a_way_to_ask_for_holes_that_the_server_lacks_is_named(open_engine: Any, fim: str):
+    for refusal in (status(404, '{"detail": "Not Found"}'), status(400, '{"error": {"message": "suffix is only supported for models"}}')):
+        engine, _ = open_engine(refusal, fim=fim)
+        with pytest.raises(EngineError, match=rf"may not know remote.fim = '{fim}' .*: set it to 'tokens'"):
+            await text_of(engine)
+        with pytest.raises(EngineError) as told:
+            await text_of(engine, Request(prompt=Chat(messages=(Message(role="user", content="hello"),)), max_new_tokens=9))
+        assert "remote.fim" not in str(told.value), "questions have nothing to do with it"
 
 
 async def test_characters_cut_in_half_come_out_whole(open_engine: Any):
@@ -249,6 +295,52 @@ async def test_an_answer_ends_at_a_stop_string_even_where_the_server_goes_on(ope
     assert [piece async for piece in generation] == [] and generation.cost and generation.cost.finish is Finish.STOP
     assert server.asked[0].body["stop"] == ["xxxx"]
     assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_no_more_stop_strings_are_sent_than_servers_take_and_the_others_hold_too(open_engine: Any):
+    engine, server = open_engine()
+    generation = engine.submit(Request(prompt=HOLE.prompt, max_new_tokens=8, stop=("q", "w", "x", "y", "= 1")))
+    assert [piece async for piece in generation] == ["a "] and generation.cost and generation.cost.finish is Finish.STOP
+    assert server.asked[0].body["stop"] == ["q", "w", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("last", "finish"),
+    [
+        ({"choices": [{"text": "", "finish_reason": "stop", "stop_reason": "def"}]}, Finish.STOP),
+        ({"choices": [{"text": "", "finish_reason": "stop", "matched_stop": "def"}]}, Finish.STOP),
+        ({"choices": [{"text": "", "finish_reason": "stop", "stop_reason": None}]}, Finish.END),
+        ({"choices": [{"text": "", "finish_reason": "stop", "matched_stop": 8188}]}, Finish.END),
+        ({"choices": [{"text": "", "finish_reason": "length", "stop_reason": None}]}, Finish.LENGTH),
+        ({"content": "", "stop": True, "stop_type": "word"}, Finish.STOP),
+        ({"content": "", "stop": True, "stop_type": "limit"}, Finish.LENGTH),
+        ({"content": "", "stop": True, "stop_type": "eos"}, Finish.END),
+    ],
+    ids=str,
+)
+async def test_why_an_answer_ended_is_read_in_every_dialect(open_engine: Any, last: dict[str, Any], finish: Finish):
+    engine, _ = open_engine(says(event("a d"), b"data: " + json.dumps(last).encode() + b"\n\n"))
+    generation = engine.submit(Request(prompt=HOLE.prompt, max_new_tokens=8, stop=("def",)))
+    assert "".join([piece async for piece in generation]) == "a d", "what looked like a stop string's beginning is text"
+    assert generation.cost and generation.cost.finish is finish
+
+
+@pytest.mark.parametrize("token", remote.NO_TEXT)
+async def test_an_answer_ends_at_a_token_that_is_no_text(open_engine: Any, token: str):
+    engine, _ = open_engine(says(event(f"a{token[:3]}"), event(f"{token[3:]}b"), event("c", "stop")))
+    generation = engine.submit(HOLE)
+    assert "".join([piece async for piece in generation]) == "a" and generation.cost and generation.cost.finish is Finish.END
+
+
+async def test_an_answer_that_was_left_early_knows_the_length_of_its_prompt(open_engine: Any):
+    usage = {"prompt_tokens": 392, "total_tokens": 393, "completion_tokens": 1}
+    engine, _ = open_engine(says(event("a", usage=usage), 9.0), stall_s=9.0)
+    generation = engine.submit(HOLE)
+    async for _ in generation:
+        break
+    generation.cancel()
+    cost = await generation.finished()
+    assert (cost.finish, cost.computed_tokens, cost.new_tokens) == (Finish.CANCELLED, 392, 1)
 
 
 async def test_an_answer_in_one_piece_and_one_without_an_end_are_understood(open_engine: Any):
