@@ -136,7 +136,10 @@ class Ranks:
         for rank, post in enumerate(self._posts, start=1):
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "model_host.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    [sys.executable, "-P", "-m", "model_host.worker"],  # -P: never code from the folder that an editor was started in
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
                 )
             except OSError as error:
                 self.close()

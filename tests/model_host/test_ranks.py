@@ -284,6 +284,17 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path):
     assert not broken.is_running and not broken._workers
 
 
+def test_code_in_the_folder_that_an_editor_was_started_in_is_run_by_no_rank(
+    one_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranked: Callable[..., RankedModel]
+):
+    for name in ("model_host", "torch", "json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    ranked(one_folder, "float32", 2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_rank_0_need_not_go_on_reading_when_another_one_has_died(other: Ranks, one_folder: Path):
     """It reads while they read."""
     other.start(quiet)
