@@ -5,7 +5,6 @@ stays. It listens before it loads, so that whoever comes meanwhile hears how far
 """
 
 import asyncio
-import contextlib
 import faulthandler
 import fcntl
 import json
@@ -51,18 +50,18 @@ class Keeper:
         self._keep_s = FIRST_VISIT_S
         self._visited, self._deserted = asyncio.Event(), asyncio.Event()
         self._deserted.set()
+        self._end = asyncio.Event()
         self._answering: set[asyncio.Task[None]] = set()
 
     async def keep(self, place: Path) -> None:
         """Until nobody has been here for long enough, or the model cannot be loaded."""
         server = await asyncio.start_unix_server(self._receive, place, limit=MAX_LINE_BYTES)
-        loading = asyncio.create_task(self._load())
-        leaving = asyncio.create_task(self._left_alone())
-        await asyncio.wait([loading, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if self._engine is not None:
-            await leaving
+        tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._left_alone())]
+        await self._end.wait()
         place.unlink(missing_ok=True)
         server.close()
+        for task in tasks:
+            task.cancel()
         if self._engine is not None:
             self._engine.close()
 
@@ -81,9 +80,8 @@ class Keeper:
             self._tell({"failed": ["EngineError", f"Loading {self._wanted.model} failed: {error!r}. Run: deepseek-lsp doctor"]})
         else:
             self._tell({"facts": self._engine.facts})
-        for visitor in self._visitors:
-            with contextlib.suppress(ConnectionError):
-                await visitor.writer.drain()
+            return
+        self._end.set()
 
     def _tell(self, news: dict[str, Any]) -> None:
         self._news = news
@@ -97,6 +95,7 @@ class Keeper:
                 async with asyncio.timeout(self._keep_s):
                     await self._visited.wait()
             except TimeoutError:
+                self._end.set()
                 return
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -123,6 +122,11 @@ class Keeper:
     def _take(self, visitor: Visitor, said: dict[str, Any]) -> None:
         if "keep_s" in said:
             visitor.keep_s = said["keep_s"]
+        elif "leave" in said:
+            is_unused = self._visitors == {visitor}
+            visitor.say(leaving=is_unused)
+            if is_unused:
+                self._end.set()
         elif "cancel" in said and (generation := visitor.running.get(said["cancel"])) is not None:
             generation.cancel()
         elif "ask" in said and self._engine is not None:

@@ -6,10 +6,12 @@ To the process:
     {"keep_s": 300}                            who I am: how long to stay when I have left
     {"ask": 1, "request": {...}}               a Request
     {"cancel": 1}
+    {"leave": true}                            end, if nobody uses you: another model needs the room
 From it:
     {"doing": "reading weights", "share": 0.5} while it loads, at once to who has just come
     {"facts": {...}}                           it is ready
     {"failed": [kind, sentence]}               it will never be
+    {"leaving": true}                          the connection ends when it has gone
     {"answer": 1, "text": "..."}               also "logprob", and last "cost" or "error": [kind, sentence]
 """
 

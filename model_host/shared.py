@@ -32,6 +32,8 @@ from model_host.wanted import Wanted
 MEETING_S = 60.0
 """How long a process may take until it listens: Python has to start, no more."""
 LOOK_EVERY_S = 0.02
+LEAVING_S = 20.0
+"""How long a process that goes may take to free its memory."""
 RETRY_S = 30.0
 """A process that could not be started again is not tried at every keystroke."""
 MAX_FOLDER_BYTES = 80
@@ -101,9 +103,10 @@ class Place:
 class Line:
     """This end of the connection to a process."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, patience_s: float | None = None) -> None:
         """Raises OSError where nobody listens."""
         self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(patience_s)
         try:
             self._socket.connect(str(place))
         except OSError:
@@ -161,6 +164,22 @@ def started(wanted: Wanted, place: Place) -> subprocess.Popen[str]:
     return process
 
 
+def make_room(place: Place) -> None:
+    """Ends those processes whose model nobody uses any more: their memory may be needed by the one that is about to start."""
+    for lock in place.lock.parent.glob("*.lock"):
+        if lock == place.lock:
+            continue
+        try:
+            line = Line(lock.with_suffix(""), LEAVING_S)
+            line.send(written(leave=True))
+        except OSError:
+            continue
+        for said in line:  # to the end of the process, if it goes
+            if said.get("leaving") is False:
+                break
+        line.close()
+
+
 def joined(wanted: Wanted, keep_s: float, progress: Progress) -> tuple[Line, Facts]:
     """A line to the process that has the model, once it is loaded. Raises EngineError."""
     place = Place.of(wanted)
@@ -173,6 +192,7 @@ def joined(wanted: Wanted, keep_s: float, progress: Progress) -> tuple[Line, Fac
             if process is not None and process.poll():
                 raise EngineError(f"The model's process could not start: {place.last_words()}") from None
             if process is None or process.poll() == 0:  # another one has the place, and does not listen yet or any more
+                make_room(place)
                 process = started(wanted, place)
             time.sleep(LOOK_EVERY_S)
             continue

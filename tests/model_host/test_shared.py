@@ -147,6 +147,16 @@ async def test_who_wants_it_otherwise_has_another_process(connect: Callable[...,
     assert len(keepers()) == len(keepers(other)) == 1 and keepers() != keepers(other)
 
 
+async def test_a_model_that_nobody_uses_any_more_makes_room_for_another_and_one_in_use_stays(connect: Callable[..., SharedEngine]):
+    others = [dataclasses.replace(WANTED, cache_bytes=n << 20) for n in (64, 128)]
+    first, second = await in_thread(connect, others[0]), await in_thread(connect, others[1], 600.0)
+    (unused,) = keepers(others[1])
+    second.close()
+    third = await in_thread(connect)
+    assert not unused.is_running() and len(keepers(others[0])) == len(keepers()) == 1
+    assert await text_of(first) == await text_of(third)
+
+
 async def test_a_cancelled_answer_ends_there_and_says_what_it_cost(connect: Callable[..., SharedEngine]):
     engine = await in_thread(connect)
     generation = engine.submit(LONG)
