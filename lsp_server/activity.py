@@ -140,7 +140,8 @@ def is_news(record: logging.LogRecord) -> bool:
 
 def stop_with_request(server: Connection) -> None:
     """A command's own task is not the request that the client can cancel: ties the one to the other."""
-    request = server.protocol._request_futures.get(server.protocol.msg_id or "")
+    id = server.protocol.msg_id
+    request = server.protocol._request_futures.get(id) if id is not None else None
     task = asyncio.current_task()
     if request is not None and task is not None:
         request.add_done_callback(lambda future: task.cancel() if future.cancelled() else None)

@@ -162,9 +162,13 @@ class RankedPool(LatentPool):
     def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
         super().put_in(pages, c_kv, k_pe)
         self._written.update(pages)
-        if self._ranks.is_running:
-            with suppress(ConnectionLost):
-                self._give(pages)
+        if (wire := self._ranks.wire) is not None:
+            try:
+                with suppress(ConnectionLost):
+                    self._give(pages)
+            except BaseException:
+                wire.lose()  # the others wait for what was not given
+                raise
 
     def note(self, step: Step) -> None:
         """Of what is to be written by a step."""

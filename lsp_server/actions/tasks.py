@@ -97,7 +97,8 @@ def fits(action: Action, snapshot: Snapshot, span: Span, diagnostics: int) -> st
     symbol = symbols.symbol_at(snapshot.lines, snapshot.language, span.start.line) if head.applies_to == "symbol" else None
     if head.applies_to == "symbol" and symbol is None:
         return None
-    if head.applies_to == "selection" and span.is_empty:
+    selected = snapshot.lines[span.start.line : span.end.line + 1]
+    if head.applies_to == "selection" and (span.is_empty or not "".join(selected).strip()):
         return None
     if head.applies_to == "diagnostic" and not diagnostics:
         return None
@@ -106,7 +107,7 @@ def fits(action: Action, snapshot: Snapshot, span: Span, diagnostics: int) -> st
         if not re.search(head.only_where, "".join(snapshot.lines[first : last + 1])):
             return None
     title = action.title(symbol.name if symbol else "")
-    said = marked(action, snapshot.lines[span.start.line : span.end.line + 1])
+    said = marked(action, selected)
     return f"{title.removesuffix(' …')}: {said[:MAX_SAID_CHARS]}" if said else title
 
 

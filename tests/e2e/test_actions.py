@@ -108,6 +108,12 @@ async def test_listing_asks_no_model_and_shows_what_fits_the_place(thinking: Edi
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ["", "\n\n", " \t\r\n\r\n"])
+async def test_nothing_is_offered_where_there_is_no_code(thinking: Editor, text: str):
+    await begin(thinking, able(input=True), text=text)
+    assert await listed(thinking, types.Range(types.Position(0, 0), types.Position(9, 0))) == {}
+
+
 async def test_a_client_that_can_ask_for_words_gets_the_actions_that_need_an_instruction(thinking: Editor):
     await begin(thinking, able(input=True))
     actions = await listed(thinking, types.Range(types.Position(2, 0), types.Position(3, 0)))
@@ -303,13 +309,14 @@ async def test_the_cancel_button_stops_the_model_and_changes_nothing(thinking: E
     assert isinstance(thinking.client.progress_reports[token][-1], types.WorkDoneProgressEnd)
 
 
-async def test_cancelling_the_request_of_a_command_stops_its_work(thinking: Editor):
+@pytest.mark.parametrize("id", ["one", 0])
+async def test_cancelling_the_request_of_a_command_stops_its_work(thinking: Editor, id: str | int):
     await begin(thinking, able())
     command = (await listed(thinking))["Explain add"].command
     params = types.ExecuteCommandParams(command.command, command.arguments)
-    answer = thinking.client.protocol.send_request("workspace/executeCommand", params, msg_id="one")
+    answer = thinking.client.protocol.send_request("workspace/executeCommand", params, msg_id=id)
     token = await until_begun(thinking, "Explain add")
-    thinking.client.cancel_request(types.CancelParams(id="one"))
+    thinking.client.cancel_request(types.CancelParams(id=id))
     with pytest.raises(JsonRpcException) as error:
         await asyncio.wait_for(asyncio.wrap_future(answer), 5)
     assert error.value.code == types.LSPErrorCodes.RequestCancelled

@@ -255,6 +255,27 @@ def test_a_rank_that_dies_again_while_it_is_started_anew_spoils_nothing(
     assert torch.allclose(model.forward(following, pool), wanted, atol=1e-5)
 
 
+def test_ranks_that_were_given_half_are_started_anew(one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch):
+    """The others wait for what rank 0 cannot give."""
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(pages_for(TRIED_CONTEXT))
+    model.prepare(pool)
+    step = Step(ids=tuple(range(20)), spans=(Span(tokens=20, context=20, pages=(0, 1)),), wanted=(19,))
+    wanted = model.forward(step, pool)
+
+    def full(pages: list[int]) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kept = pool.take_out([0, 1])
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "of_pages", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.put_in([2, 3], *kept)
+    with pytest.raises(RankLost, match="connection to the model's processes was lost"):
+        model.forward(step, pool)
+    assert torch.allclose(model.forward(step, pool), wanted, atol=1e-5)
+
+
 @pytest.fixture
 def other(one_folder: Path) -> Iterator[Ranks]:
     """One more rank beside this process, not started."""
