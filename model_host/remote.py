@@ -41,7 +41,7 @@ OF_VLLM: dict[str, Any] = {
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},  # most answers are left before the last event
 }
 MOST_STOPS = 4
-"""OpenAI's limit, and vLLM's since 0.32. What stands behind it is looked for on this side alone."""
+"""OpenAI's limit, and vLLM's (0.32). What stands behind it is looked for on this side alone."""
 CHARS_PER_TOKEN = (3.0, 1.5, 0.75, 0.3)
 """Of code, of numbers and signs, of Chinese, of Chinese in a small vocabulary: the tokenizer is on the other side, so a hole is cut by
 these in turn until there is room for it."""
