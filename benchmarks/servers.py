@@ -39,7 +39,8 @@ from model_host.config import ModelConfig
 from model_host.engine import load_engine
 from model_host.errors import EngineError
 from model_host.generation import Chat, Engine, Fim, Finish, Grammar, Message, Request
-from model_host.remote import Endpoint, FimForm, connect
+from model_host.remote.endpoint import Endpoint, FimForm
+from model_host.remote.engine import connect
 
 HOLES, NEW_TOKENS, LONG_TOKENS, CONTEXT_TOKENS = 20, 24, 4000, 8192
 STARTED_S, STOPPED_S = 300.0, 10.0

@@ -250,11 +250,11 @@ def doctor(
 def inspected(settings: Settings) -> Any:
     """What would be loaded, or asked, and what stands in its way."""
     if settings.engine == "openai":
-        remote = importlib.import_module("model_host.remote")
+        served = importlib.import_module("model_host.remote.served")
         try:
-            return remote.inspect(remote_endpoint(settings))
+            return served.inspect(remote_endpoint(settings))
         except EngineError as error:
-            return remote.Inspection({"engine": settings.remote.url}, [str(error)])
+            return served.Inspection({"engine": settings.remote.url}, [str(error)])
     inspection = importlib.import_module("model_host.inspection")
     return inspection.inspect(settings.model, settings.device, settings.dtype, settings.kernels)
 

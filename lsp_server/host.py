@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 
@@ -19,6 +18,7 @@ from lsp_server.settings import Settings
 from model_host import shared
 from model_host.errors import EngineError
 from model_host.generation import Engine, Progress
+from model_host.remote.endpoint import Endpoint, endpoint
 from model_host.wanted import Wanted, load
 
 log = logging.getLogger(__name__)
@@ -32,15 +32,14 @@ def load_chosen(settings: Settings, progress: Progress) -> Engine:
 
 def load_remote(settings: Settings, progress: Progress) -> Engine:
     progress("asking what it serves", 0.0)
-    remote = importlib.import_module("model_host.remote")
-    connected: Engine = remote.connect(remote_endpoint(settings))
+    engine = importlib.import_module("model_host.remote.engine")
+    connected: Engine = engine.connect(remote_endpoint(settings))
     return connected
 
 
-def remote_endpoint(settings: Settings) -> Any:
-    """A model_host.remote.Endpoint. Raises EngineError, naming the setting that is wrong."""
-    remote = importlib.import_module("model_host.remote")
-    return remote.endpoint(**settings.remote.model_dump(), environment=os.environ)
+def remote_endpoint(settings: Settings) -> Endpoint:
+    """Raises EngineError, naming the setting that is wrong."""
+    return endpoint(**settings.remote.model_dump(), environment=os.environ)
 
 
 def goal(settings: Settings) -> str:

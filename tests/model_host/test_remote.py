@@ -16,11 +16,15 @@ from typing import Any
 
 import pytest
 
-from model_host import remote
 from model_host.checkpoints import STARTER
 from model_host.errors import EngineClosed, EngineError, RequestError
 from model_host.generation import Chat, Fim, Finish, Grammar, Message, Request, Sampling
-from model_host.remote import Endpoint, EventStream, RemoteEngine, Served, connect, question
+from model_host.remote import engine as remote_engine
+from model_host.remote.answers import MAX_EVENT_BYTES, EventStream
+from model_host.remote.endpoint import Endpoint, endpoint
+from model_host.remote.engine import RemoteEngine, connect
+from model_host.remote.questions import BOS, FIM_BEGIN, NO_TEXT, Question, question
+from model_host.remote.served import Served, inspect
 from tests.model_host.misbehaving import (
     GOOD,
     Behaviour,
@@ -40,7 +44,7 @@ PROMPT = "<｜begin▁of▁sentence｜><｜fim▁begin｜>def f():\n    <｜fim�
 @pytest.fixture
 def open_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[RemoteEngine, Misbehaving]]]:
     """Starts a scripted server and an engine that asks it."""
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(remote_engine, "BACKOFF_S", 0.01)
     opened: list[tuple[RemoteEngine, Misbehaving]] = []
 
     def open(*script: Behaviour, models: Behaviour | None = None, **changes: Any) -> tuple[RemoteEngine, Misbehaving]:
@@ -99,13 +103,13 @@ def test_text_of_the_user_never_spells_a_special_token():
 
 
 def test_every_server_is_asked_in_its_own_way():
-    def asked(owner: str = "", **changes: Any) -> remote.Question:
+    def asked(owner: str = "", **changes: Any) -> Question:
         return question(HOLE, Endpoint(**{"url": "http://x/v1"} | changes), Served(model="m", owner=owner))
 
     vllm = asked("vllm").body
-    assert vllm["add_special_tokens"] is vllm["skip_special_tokens"] is False and vllm["prompt"].startswith(remote.BOS)
+    assert vllm["add_special_tokens"] is vllm["skip_special_tokens"] is False and vllm["prompt"].startswith(BOS)
     assert vllm["stream_options"] == {"include_usage": True, "continuous_usage_stats": True} and asked("vllm").extras == {}
-    assert asked("llamacpp").body["prompt"].startswith(remote.FIM_BEGIN)
+    assert asked("llamacpp").body["prompt"].startswith(FIM_BEGIN)
     suffix = asked(fim="suffix").body
     assert (suffix["prompt"], suffix["suffix"]) == ("def f():\n    re", "\n")
     infill = asked(fim="infill")
@@ -118,9 +122,7 @@ def test_what_is_known_of_other_files_comes_before_the_prefix_and_is_always_cut_
         where = Endpoint(**{"url": "http://x/v1"} | changes)
         return question(Request(prompt=hole, max_new_tokens=10), where, Served(model="m", context_tokens=context_tokens)).body
 
-    assert (
-        asked()["prompt"].startswith(f"{remote.BOS}{remote.FIM_BEGIN}# b.py\n<|fim▁hole|>bbb") and "ba<｜fim▁hole｜>" in asked()["prompt"]
-    )
+    assert asked()["prompt"].startswith(f"{BOS}{FIM_BEGIN}# b.py\n<|fim▁hole|>bbb") and "ba<｜fim▁hole｜>" in asked()["prompt"]
     assert asked(fim="suffix")["prompt"].startswith("# b.py\n") and asked(fim="suffix")["prompt"].endswith("bam")
     infill = asked(fim="infill")
     assert infill["input_prefix"] == "a" and infill["input_extra"][0]["text"].startswith("# b.py\n")
@@ -163,7 +165,7 @@ async def test_cancelling_works_before_a_word_has_come_and_between_attempts(open
     generation.cancel()
     assert (await generation.finished()).finish is Finish.CANCELLED
     assert await asyncio.to_thread(server.was_left.wait, 2.0)
-    monkeypatch.setattr(remote, "BACKOFF_S", 8.0)
+    monkeypatch.setattr(remote_engine, "BACKOFF_S", 8.0)
     engine, server = open_engine(status(503))
     generation = engine.submit(HOLE)
     await asyncio.sleep(0.1)
@@ -325,7 +327,7 @@ async def test_why_an_answer_ended_is_read_in_every_dialect(open_engine: Any, la
     assert generation.cost and generation.cost.finish is finish
 
 
-@pytest.mark.parametrize("token", remote.NO_TEXT)
+@pytest.mark.parametrize("token", NO_TEXT)
 async def test_an_answer_ends_at_a_token_that_is_no_text(open_engine: Any, token: str):
     engine, _ = open_engine(says(event(f"a{token[:3]}"), event(f"{token[3:]}b"), event("c", "stop")))
     generation = engine.submit(HOLE)
@@ -417,7 +419,7 @@ def test_nothing_at_the_address_is_said_at_once():
         url = server.url
     with pytest.raises(EngineError, match="Nothing answers at http://127"):
         connect(Endpoint(url=url))
-    assert "Nothing answers" in remote.inspect(Endpoint(url=url)).problems[0]
+    assert "Nothing answers" in inspect(Endpoint(url=url)).problems[0]
 
 
 def test_a_certificate_that_nobody_signed_is_refused_and_trusted_once_named(tmp_path: Path):
@@ -440,10 +442,10 @@ SET: dict[str, Any] = {
 
 
 def test_settings_become_an_endpoint():
-    assert remote.endpoint(**SET).url == "https://gpu.example.org/v1"
-    assert remote.endpoint(**SET | {"environment": {"DEEPSEEK_ENGINE_TOKEN": "t"}}).token == "t"
-    assert remote.endpoint(**SET | {"url": "http://localhost:8000/v1"}).host == "localhost:8000"
-    assert remote.endpoint(**SET | {"url": "http://gpu:8000/v1", "plain_http": True}).url == "http://gpu:8000/v1"
+    assert endpoint(**SET).url == "https://gpu.example.org/v1"
+    assert endpoint(**SET | {"environment": {"DEEPSEEK_ENGINE_TOKEN": "t"}}).token == "t"
+    assert endpoint(**SET | {"url": "http://localhost:8000/v1"}).host == "localhost:8000"
+    assert endpoint(**SET | {"url": "http://gpu:8000/v1", "plain_http": True}).url == "http://gpu:8000/v1"
 
 
 @pytest.mark.parametrize(
@@ -459,21 +461,21 @@ def test_settings_become_an_endpoint():
 )
 def test_settings_that_cannot_work_say_what_to_change(changes: dict[str, Any], said: str):
     with pytest.raises(EngineError, match=said):
-        remote.endpoint(**SET | changes)
+        endpoint(**SET | changes)
 
 
 def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
     file = tmp_path / "token"
     file.write_text("abc\n")
     file.chmod(0o600)
-    assert remote.endpoint(**SET | {"token_file": str(file)}).token == "abc"
+    assert endpoint(**SET | {"token_file": str(file)}).token == "abc"
     file.chmod(0o644)
     with pytest.raises(EngineError, match=rf"can be read by others: chmod 600 {file}"):
-        remote.endpoint(**SET | {"token_file": str(file)})
+        endpoint(**SET | {"token_file": str(file)})
     file.write_text("two words")
     file.chmod(0o600)
     with pytest.raises(EngineError, match="holds no token"):
-        remote.endpoint(**SET | {"token_file": str(file)})
+        endpoint(**SET | {"token_file": str(file)})
 
 
 def test_events_are_found_wherever_they_are_cut():
@@ -484,7 +486,7 @@ def test_events_are_found_wherever_they_are_cut():
             found += stream.add(raw[start : start + size])
         assert [*found, *stream.end()] == ["a\nb", "é", "end"]
     with pytest.raises(EngineError, match="without end"):
-        EventStream().add(b"x" * (remote.MAX_EVENT_BYTES + 1))
+        EventStream().add(b"x" * (MAX_EVENT_BYTES + 1))
 
 
 @pytest.fixture

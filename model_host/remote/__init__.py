@@ -1,0 +1,1 @@
+"""An engine elsewhere: a client of servers that speak OpenAI's protocol."""

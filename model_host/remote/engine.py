@@ -1,0 +1,250 @@
+"""An engine elsewhere: a client of vLLM, SGLang, llama-server, or whatever else speaks OpenAI's protocol. Satisfies
+model_host.generation.Engine.
+
+Owns: the connection, and what is asked again. What leaves the machine is a request's prompt, and it goes to the one address that the user
+named: redirects are not followed.
+"""
+
+import asyncio
+import json
+import random
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import httpx2
+
+from model_host.errors import EngineClosed, EngineError, RequestError
+from model_host.generation import Facts, Finish, Generation, Request
+from model_host.remote.answers import EventStream, Reading, code_in, parts_of
+from model_host.remote.endpoint import Endpoint, headers, tls
+from model_host.remote.questions import CHARS_PER_TOKEN, Question, question
+from model_host.remote.refusals import is_no_room, message_in, refusal, unreachable
+from model_host.remote.served import CONNECT_S, Served, served_at, why_without_fim
+from model_host.stops import StopStrings
+
+ATTEMPTS = 4
+BACKOFF_S = 0.25
+"""Before the second attempt; doubled for each further one, and drawn between half and whole of it."""
+LONGEST_WAIT_S = 10.0
+"""More than this is not waited for, even when the server asks for it."""
+TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+CANCEL_CHECK_S = 0.02
+
+
+def connect(where: Endpoint) -> "RemoteEngine":
+    """An engine that asks `where`, once that has answered. Raises EngineError when it is not there, or does not serve the model."""
+    started = time.monotonic()
+    verify = tls(where)
+    served = served_at(where, verify)
+    facts = Facts(
+        checkpoint=served.model,
+        device=where.host,
+        dtype="its own type",
+        parameters=0,
+        weight_bytes=0,
+        context_tokens=served.context_tokens,
+        without_fim=why_without_fim(where, served.model),
+        load_s=time.monotonic() - started,
+    )
+    return RemoteEngine(where, served, facts, verify)
+
+
+class TryAgain(Exception):
+    """Nothing was said yet, and a second attempt may go better."""
+
+    def __init__(self, sentence: str, wait_s: float | None = None, *, without_extras: bool = False) -> None:
+        super().__init__(sentence)
+        self.sentence, self.wait_s, self.without_extras = sentence, wait_s, without_extras
+
+
+class NoRoom(RequestError):
+    """The prompt is too long for the server. That of a hole can be cut shorter."""
+
+
+class RemoteEngine:
+    """Satisfies model_host.generation.Engine. One thread with an event loop of its own talks to the server."""
+
+    def __init__(self, where: Endpoint, served: Served, facts: Facts, verify: ssl.SSLContext) -> None:
+        self._where, self._served, self._facts, self._verify = where, served, facts, verify
+        self._refuses_extras = False
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._loop = asyncio.new_event_loop()
+        patience = httpx2.Timeout(None, connect=CONNECT_S, write=where.timeout_s)  # reading has limits of its own
+        self._client = httpx2.AsyncClient(headers=headers(where), verify=verify, timeout=patience, follow_redirects=False)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="remote engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def facts(self) -> Facts:
+        return self._facts
+
+    def submit(self, request: Request) -> Generation:
+        if self._closed.is_set():
+            raise EngineClosed("The engine was shut down.")
+        generation = Generation()
+        self._loop.call_soon_threadsafe(self._begin, request, generation)
+        return generation
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end_all(self) -> None:
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    def _begin(self, request: Request, generation: Generation) -> None:
+        task = self._loop.create_task(self._answer(request, generation))
+        self._running[id(generation)] = task
+        task.add_done_callback(lambda _: self._running.pop(id(generation), None))
+
+    async def _answer(self, request: Request, generation: Generation) -> None:
+        """Feeds the generation to its end, whatever happens."""
+        reading = Reading(StopStrings(request.stop), time.monotonic())
+        asking = asyncio.create_task(self._ask(request, generation, reading))
+        try:
+            while not asking.done() and not generation.is_cancelled:
+                await asyncio.wait({asking}, timeout=CANCEL_CHECK_S)
+            if not asking.done():  # leaving the stream closes its connection, which is what servers end the work at
+                asking.cancel()
+                await asyncio.wait({asking})
+                generation.feed(reading.cost(Finish.CANCELLED))
+                return
+            finish = asking.result()
+            if text := reading.rest():
+                generation.feed(text)
+            generation.feed(reading.cost(finish))
+        except EngineError as error:
+            generation.feed(error)
+        except asyncio.CancelledError:
+            asking.cancel()
+            generation.feed(EngineClosed("The engine was shut down."))
+            raise
+        except Exception as error:
+            generation.feed(EngineError(f"The answer of {self._where.host} could not be read: {error!r}. Please report it."))
+
+    async def _ask(self, request: Request, generation: Generation, reading: Reading) -> Finish:
+        """Asks with as much of a hole's surroundings as there proves to be room for. A question is not cut."""
+        asked, refused = None, None
+        for chars_per_token in CHARS_PER_TOKEN:
+            shorter = question(request, self._where, self._served, chars_per_token)
+            if shorter == asked:
+                continue
+            asked = shorter
+            try:
+                return await self._insist(asked, generation, reading)
+            except NoRoom as error:
+                refused = error
+        assert refused is not None
+        raise refused
+
+    async def _insist(self, asked: Question, generation: Generation, reading: Reading) -> Finish:
+        """Asks as often as is worth it; once a word of the answer was shown there is no second attempt."""
+        with_extras = bool(asked.extras) and not self._refuses_extras
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._read(asked, with_extras, generation, reading)
+            except TryAgain as error:
+                with_extras = with_extras and not error.without_extras
+                wait_s = BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0) if error.wait_s is None else error.wait_s
+                if attempt == ATTEMPTS or wait_s > LONGEST_WAIT_S:
+                    raise EngineError(error.sentence) from error
+                await asyncio.sleep(wait_s)
+        raise AssertionError
+
+    async def _read(self, asked: Question, with_extras: bool, generation: Generation, reading: Reading) -> Finish:
+        where = self._where
+        body = asked.body | asked.extras if with_extras else asked.body
+        reading.sent_at = time.monotonic()
+        try:
+            async with asyncio.timeout(where.timeout_s) as patience, self._client.stream("POST", asked.path, json=body) as response:
+                if not response.is_success:
+                    await self._refused(response, with_extras)
+                if asked.extras and not with_extras:  # taken without them: it was them that was refused, not the request
+                    self._refuses_extras = True
+                async for event in self._events(response, patience):
+                    if self._take(event, generation, reading):
+                        return reading.finish or Finish.END
+        except (httpx2.HTTPError, TimeoutError) as error:
+            if reading.finish is not None:  # it said that it ended, and then forgot to
+                return reading.finish
+            sentence = unreachable(where, error)
+            if not reading.pieces:
+                # who waited for a whole time-out is not asked to wait for three more
+                raise EngineError(sentence) if isinstance(error, TimeoutError) else TryAgain(sentence) from error
+            if isinstance(error, TimeoutError):
+                sentence = f"{where.host} fell silent for {where.stall_s:g} s within its answer: see its log, or raise remote.stall_s."
+            raise EngineError(sentence) from error
+        if reading.finish is not None:
+            return reading.finish
+        lost = f"{where.host} ended the connection within its answer: see its log."
+        raise EngineError(lost) if reading.pieces else TryAgain(lost)
+
+    async def _refused(self, response: httpx2.Response, with_extras: bool) -> None:
+        content, status = (await response.aread()).decode("utf-8", "replace"), response.status_code
+        sentence = refusal(self._where, status, content, of_hole=not response.url.path.endswith("/chat/completions"))
+        if is_no_room(status, content):
+            raise NoRoom(sentence)
+        if status in (400, 422):
+            raise TryAgain(sentence, 0.0, without_extras=True) if with_extras else RequestError(sentence)
+        if status in TRY_AGAIN:
+            asked_for = response.headers.get("retry-after", "")
+            raise TryAgain(sentence, float(asked_for) if asked_for.isdigit() else None)
+        raise EngineError(sentence)
+
+    async def _events(self, response: httpx2.Response, patience: asyncio.Timeout) -> AsyncIterator[str]:
+        """The data of every event; that of an answer which is not streamed is one. Each must come within `stall_s` of the last."""
+        if "json" in response.headers.get("content-type", ""):
+            yield (await response.aread()).decode("utf-8", "replace")
+            return
+        stream = EventStream()
+        async for chunk in response.aiter_bytes():
+            patience.reschedule(asyncio.get_running_loop().time() + self._where.stall_s)
+            for event in stream.add(chunk):
+                yield event
+        for event in stream.end():
+            yield event
+
+    def _take(self, event: str, generation: Generation, reading: Reading) -> bool:
+        """Feeds what one event says. Whether nothing of interest can follow."""
+        if event == "[DONE]":
+            return reading.finish is not None
+        try:
+            said = json.loads(event)
+        except ValueError as error:
+            raise EngineError(
+                f"{self._where.host} answers with something that is not JSON: it does not speak OpenAI's protocol."
+            ) from error
+        if not isinstance(said, dict) or "error" in said:
+            status = code_in(said)
+            if 400 <= status < 500:  # vLLM begins an answer before it has looked at all of the request
+                raise RequestError(refusal(self._where, status, event))
+            words = message_in(event) if isinstance(said, dict) else ""
+            raise EngineError(f"{self._where.host} failed within its answer{words}: see the server's own log.")
+        if isinstance(said.get("usage"), dict):
+            reading.usage = said["usage"]
+        text, ended, logprobs = parts_of(said)
+        if text:
+            reading.last_at = time.monotonic()
+            reading.first_at = reading.first_at or reading.last_at
+            reading.pieces += 1
+        for logprob in logprobs:
+            generation.feed(logprob)
+        if shown := reading.stops.add(reading.ends.add(reading.whole(text))):
+            generation.feed(shown)
+        if reading.stops.has_come or reading.ends.has_come:
+            reading.finish = Finish.STOP if reading.stops.has_come else Finish.END
+            return True
+        reading.finish = ended or reading.finish
+        return False
