@@ -53,7 +53,8 @@ def served_at(where: Endpoint, verify: ssl.SSLContext) -> Served:
         raise EngineError(f"{where.host} does not serve {where.model!r}: set remote.model to one of {names}.")
     if found is None:
         if not where.model:
-            raise EngineError(f"{where.host} does not list what it serves ({answer.status_code}): set remote.model, and check remote.url.")
+            unlisted = f"{where.host} does not list what it serves ({answer.status_code})"
+            raise EngineError(f"{unlisted}: set remote.model, and check remote.url, which ends in /v1.")
         return Served(model=where.model)
     meta = found.get("meta") if isinstance(found.get("meta"), dict) else {}
     context = found.get("max_model_len") or meta.get("n_ctx") or meta.get("n_ctx_train")

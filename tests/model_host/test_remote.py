@@ -403,7 +403,7 @@ def test_connecting_learns_what_is_served(open_engine: Any):
     [
         (listing("a", "b"), "c", "does not serve 'c': set remote.model to one of a, b."),
         (status(401), "", "refuses the token"),
-        (status(404), "", "does not list what it serves (404): set remote.model"),
+        (status(404), "", "does not list what it serves (404): set remote.model, and check remote.url, which ends in /v1."),
         (status(200, "<html>"), "", "does not list what it serves"),
         (hangs_up, "", "was lost"),
     ],
