@@ -111,7 +111,7 @@ def test_loading_takes_the_memory_of_the_weights_once_and_letting_go_gives_it_ba
     assert found["owned_by_two"] < 2 * weights + 10 * MB
     assert found["two_are_equal"]
     assert found["left_by_two"] < 40 * MB  # 31 on the worst machine seen, without the trimming 54 and more
-    assert 20 < len(found["shares"]) <= 100
+    assert 20 < len(found["shares"]) <= 200, "one a percent, and one a second where that takes longer"
     assert found["shares"] == sorted(set(found["shares"])) and found["shares"][-1] == 1.0
 
 
