@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.apart import apart
 from benchmarks.report import report
 from tests.editors import install
 from tests.editors.neovim import ESCAPE, Neovim
@@ -124,9 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.editors", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer keys")
     rounds = 10 if parser.parse_args().quick else 60
-    metrics = spread("server", asyncio.run(on_the_wire(rounds)))
+    with apart():
+        metrics = spread("server", asyncio.run(on_the_wire(rounds)))
     for name, measured in (("neovim", in_neovim), ("vscode", in_vscode)):
-        with tempfile.TemporaryDirectory() as folder:
+        with apart(), tempfile.TemporaryDirectory() as folder:
             metrics |= spread(name, measured(rounds, Path(folder)))
     report("editors", metrics)
 

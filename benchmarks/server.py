@@ -8,13 +8,12 @@ this one, taking turns. Loop lag is how much later a status request is answered 
 
 import argparse
 import asyncio
-import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.apart import apart
 from benchmarks.report import Goal, report
 from model_host import shared, wanted
 from model_host.generation import Engine, Fim, Request
@@ -136,9 +135,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer requests and starts")
     quick = parser.parse_args().quick
-    os.environ["DEEPSEEK_LSP_KEEP_MODEL_S"] = "0"
-    with tempfile.TemporaryDirectory() as room:
-        os.environ["XDG_RUNTIME_DIR"] = room  # not the model that the user's editors share
+    with apart():
         await measured(quick)
 
 
