@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from benchmarks.apart import apart
 from benchmarks.report import Goal, report
 from model_host import shared, wanted
@@ -57,14 +59,24 @@ async def overhead(requests: int) -> dict[str, float]:
 
 
 async def start() -> dict[str, float]:
-    """A fresh server of the user's first editor window, then one of the second: time to initialize, and to the first completion."""
-    async with wire(*REAL) as first, wire(*REAL) as second:
-        found = await started(first)
-        return found | {f"second_window_{name}": value for name, value in (await started(second)).items()}
-
-
-async def started(server: Wire) -> dict[str, float]:
+    """The server of a user's first editor window, then that of the second: time to initialize, to the first completion,
+    and memory."""
     began = time.perf_counter()
+    async with wire(*REAL) as first:
+        found = await begun(first, began)
+        began = time.perf_counter()
+        async with wire(*REAL) as second:
+            found |= {f"second_window_{name}": value for name, value in (await begun(second, began)).items()}
+            window = psutil.Process(second.process.pid)
+            (model,) = psutil.Process(first.process.pid).children()
+            return found | {"window_mb": megabytes(window), "model_process_mb": megabytes(model)}
+
+
+def megabytes(process: psutil.Process) -> float:
+    return float(process.memory_info().rss) / 1e6
+
+
+async def begun(server: Wire, began: float) -> dict[str, float]:
     await server.start()
     initialize = milliseconds(began)
     await server.open(SOURCE)
