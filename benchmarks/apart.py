@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def apart(*, share_model: bool = True) -> Iterator[None]:
     """For the processes that are started within."""
     with tempfile.TemporaryDirectory(prefix="deepseek-lsp-") as room:
         before = dict(os.environ)
-        os.environ |= {"XDG_RUNTIME_DIR": room, "DEEPSEEK_LSP_KEEP_MODEL_S": "0"}
+        os.environ |= {"XDG_RUNTIME_DIR": room, "DEEPSEEK_LSP_KEEP_MODEL_S": "0", "DEEPSEEK_LSP_SHARE_MODEL": str(share_model)}
         try:
             yield
         finally:
