@@ -5,6 +5,7 @@ stays. It listens before it loads, so that whoever comes meanwhile hears how far
 """
 
 import asyncio
+import contextlib
 import faulthandler
 import fcntl
 import json
@@ -14,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from model_host.errors import EngineError
 from model_host.generation import Engine, Generation, Request
@@ -163,21 +164,37 @@ class Keeper:
         return len(generation.logprobs)
 
 
+def held(lock: Path) -> TextIO | None:
+    """The lock, or None where another process has it."""
+    while True:
+        opened = lock.open("w")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            opened.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(opened.fileno()), lock.stat()):
+                return opened
+        opened.close()  # whoever had it before has just taken it away
+
+
 def main() -> None:
     wanted, *names = json.load(sys.stdin)
     place = Place(*map(Path, names))
     os.umask(0o077)
-    with place.lock.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # another one is there
+    if (lock := held(place.lock)) is None:
+        return  # another one is there
+    with lock:
         place.log.open("w").close()
         faulthandler.enable()
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         place.socket.unlink(missing_ok=True)
         asyncio.run(Keeper(Wanted(**wanted)).keep(place.socket))
         sys.stderr.flush()
+        if not place.log.stat().st_size:
+            place.log.unlink()
+        place.lock.unlink()
         os._exit(0)  # a thread that still loads would be waited for
 
 

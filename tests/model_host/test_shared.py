@@ -126,6 +126,7 @@ async def test_the_process_ends_with_the_last_who_uses_it(connect: Callable[...,
     assert await text_of(second)
     second.close()
     await asyncio.to_thread(process.wait, GONE_S)
+    assert list(Place.of(WANTED).socket.parent.iterdir()) == []
     third = await in_thread(connect)
     assert await text_of(third)
 
