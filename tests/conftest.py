@@ -5,12 +5,12 @@ import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads wait actively, which starves whatever else runs
 
-# models that tests load are shared with nobody's editor, and end with the last server that uses them
-ROOM = tempfile.TemporaryDirectory(prefix="deepseek-lsp-tests-")
-os.environ["XDG_RUNTIME_DIR"] = ROOM.name
-os.environ["DEEPSEEK_LSP_KEEP_MODEL_S"] = "0"
-
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# models that tests load are shared with nobody's editor, and end with the last server that uses them
+ROOM = tempfile.TemporaryDirectory(prefix="deepseek-lsp-tests-")
+os.environ["XDG_RUNTIME_DIR"] = ROOM.name
+os.environ["DEEPSEEK_LSP_KEEP_MODEL_S"] = "0"
