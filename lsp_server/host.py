@@ -15,7 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from lsp_server.settings import Settings
-from model_host import shared
+from model_host import meeting, shared
 from model_host.errors import EngineError
 from model_host.generation import Engine, Progress
 from model_host.remote.endpoint import Endpoint, endpoint
@@ -49,7 +49,7 @@ def goal(settings: Settings) -> str:
 
 def load_local(settings: Settings, progress: Progress) -> Engine:
     """The checkpoint that `settings` names on this machine, in the process that all editors share, where the user does not forbid it."""
-    reason = shared.why_alone() if settings.share_model else ""
+    reason = meeting.why_alone() if settings.share_model else ""
     if reason is None:
         return shared.connect(wanted(settings), keep_s=settings.keep_model_s, progress=progress)
     if reason:

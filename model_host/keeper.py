@@ -1,6 +1,6 @@
 """Keeps one model for all who use it, and ends when nobody has used it for long enough.
 
-Run as `python -m model_host.keeper` by `shared`, which see; its orders stand on stdin. Owns: the engine, the connections, and how long it
+Run as `python -m model_host.keeper` by `meeting`, which see; its orders stand on stdin. Owns: the engine, the connections, and how long it
 stays. It listens before it loads, so that whoever comes meanwhile hears how far it is. What it says beside its answers goes to its log.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from model_host.errors import EngineError
 from model_host.generation import Engine, Generation, Request
 from model_host.line import MAX_LINE_BYTES, read, written, written_error
-from model_host.shared import Place
+from model_host.meeting import Place
 from model_host.wanted import Wanted, load
 
 FIRST_VISIT_S = 30.0

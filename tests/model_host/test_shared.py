@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from model_host import shared
+from model_host import meeting, shared
 from model_host.checkpoints import STARTER
 from model_host.engine import load_engine
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RequestError
 from model_host.generation import Chat, Cost, Fim, Finish, Grammar, Message, Request, Sampling
-from model_host.shared import Place, SharedEngine
+from model_host.meeting import Place
+from model_host.shared import SharedEngine
 from model_host.wanted import Wanted
 
 WANTED = Wanted(model="starter", device="cpu", dtype="float32", threads=1, kernels="torch")
@@ -264,9 +265,9 @@ def test_a_folder_that_others_can_open_is_not_met_in(rooms: Path):
     place = rooms / "deepseek-lsp"
     place.mkdir()
     place.chmod(0o755)
-    assert "can be opened by others" in (shared.why_alone() or "")
+    assert "can be opened by others" in (meeting.why_alone() or "")
     place.chmod(0o700)
-    assert shared.why_alone() is None
+    assert meeting.why_alone() is None
 
 
 async def test_what_a_dead_process_left_does_not_matter(connect: Callable[..., SharedEngine]):
