@@ -22,7 +22,7 @@ RETRY_S = 30.0
 
 
 def connect(wanted: Wanted, *, keep_s: float, progress: Progress) -> "SharedEngine":
-    """Raises EngineError."""
+    """Raises EngineError, and OSError where there can be no such process (`meeting.why_alone`)."""
     began = time.monotonic()
     place = Place.of(wanted)
     line, facts = joined(wanted, place, keep_s, progress)

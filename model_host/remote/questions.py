@@ -14,8 +14,9 @@ FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<�
 NO_TEXT = (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END)
 """What is never part of an answer: it ends there, as that of the engine here does."""
 BAR = "｜"
-ADDS_BOS = frozenset({"llamacpp"})
-"""Servers, by what they say `owned_by` is, that begin every prompt with BOS themselves."""
+ADDS_BOS = frozenset({"llamacpp", "sglang"})
+"""Servers, by what they say `owned_by` is, that begin every prompt with BOS themselves: SGLang (0.5.23) has the tokenizer do as it is set,
+and DeepSeek's are set to."""
 OF_VLLM: dict[str, Any] = {
     "skip_special_tokens": False,  # else it leaves them out of the text and writes on, where our engine ends
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},  # most answers are left before the last event

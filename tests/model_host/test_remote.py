@@ -109,7 +109,8 @@ def test_every_server_is_asked_in_its_own_way():
     vllm = asked("vllm").body
     assert vllm["add_special_tokens"] is vllm["skip_special_tokens"] is False and vllm["prompt"].startswith(BOS)
     assert vllm["stream_options"] == {"include_usage": True, "continuous_usage_stats": True} and asked("vllm").extras == {}
-    assert asked("llamacpp").body["prompt"].startswith(FIM_BEGIN)
+    for owner in ("llamacpp", "sglang"):
+        assert asked(owner).body["prompt"].startswith(FIM_BEGIN)
     suffix = asked(fim="suffix").body
     assert (suffix["prompt"], suffix["suffix"]) == ("def f():\n    re", "\n")
     infill = asked(fim="infill")
