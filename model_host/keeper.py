@@ -110,6 +110,8 @@ class Keeper:
                 self._take(visitor, json.loads(line))
         except (ConnectionError, ValueError) as error:  # broken off, maybe within a line
             log.warning("A connection broke off: %r", error)
+        except asyncio.CancelledError:
+            pass  # all is at its end, and Python 3.11 would complain of a task that says so
         finally:
             for generation in visitor.running.values():
                 generation.cancel()
