@@ -1,4 +1,4 @@
-"""One checkpoint that completes and another that is asked for actions, both real, in the server's own process."""
+"""One checkpoint that completes and another that is asked for actions, both real, each in a process of its own."""
 
 import asyncio
 import shutil
