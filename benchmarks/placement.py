@@ -1,12 +1,14 @@
-"""python -m benchmarks.placement [--shape mid|tiny] [--device cuda:0]: what loading takes, and what each format and number of ranks gives.
+"""python -m benchmarks.placement [--shape mid|tiny|lite] [--device cuda]: what loading takes; what each format and number of ranks gives.
 
 A checkpoint with random weights is written to a temporary folder and loaded by every form, each in a process of its own: the memory of
 the process (of a GPU: of the card) at most while loading over what the weights take, the time over that of a plain read of the files
 (from the system's cache, as the loading reads them), decode tokens a second at 512 tokens of context, and the bytes a token reads. Then
-the plain torch model as 1, 2 and 4 ranks, each with a portion of every layer, by gloo on a CPU: their loading (with the start of their
-processes) and decoding. The ceiling of decode is the bytes of a
-token over the bandwidth that the same run measures there. Last the same model with its layers in 2 and 4 parts, one after the other in
-one process. How many bits lose how much is measured by benchmarks.formats.
+the plain torch model as 1, 2 and 4 ranks, each with a portion of every layer, by gloo on a CPU and on as many GPUs as there are: their
+loading (with the start of their processes) and decoding. The ceiling of decode is the bytes of a
+token over the bandwidth that the same run measures there. Then the same model with its layers in 2 and 4 parts, one after the other in
+one process; and, with a GPU, with a part of the experts in the CPU's memory. How many bits lose how much is measured by benchmarks.formats.
+
+`lite` are the shapes of DeepSeek-Coder-V2-Lite: 31 GB on a disk, and a GPU that holds as much.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from benchmarks.gpu.clock import device_seconds
 from benchmarks.report import Goal, report
 from model_host import nf4
 from model_host.batch import Span, Step
-from model_host.catalogue import Precision
+from model_host.catalogue import LITE, Precision
 from model_host.checkpoints import checked_shards
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Device, Share
@@ -43,21 +45,38 @@ from model_host.pages import pages_for
 from model_host.quantized import BITS, FEWER_BITS, pack, unpack
 from model_host.runner import LEAST_TOKENS, StepModel
 
-SHAPES = {"mid": MID, "tiny": TINY}
+SHAPES = {"mid": MID, "tiny": TINY, "lite": LITE}
+SHARD_BYTES = 5_000_000_000
+"""Of a file of a checkpoint."""
 CONTEXT_TOKENS, STEPS = 512, 40
 THREADS = 2
 SAMPLED_EVERY_S = 0.002
+OFFLOADED = (("bfloat16", 0.25), ("bfloat16", 0.5), ("int8", 0.5), ("int4", 0.5))
+"""Formats, and the part of the experts that lies in the CPU's memory."""
 FORMATS = ("bfloat16", "int8", "int4", "nf4")
 GOALS = tuple(Goal(f"{form}_{kind}_peak_over_final", "<=", 1.15) for form in ("native", "torch") for kind in FORMATS)
 
 
 def written(folder: Path, config: ModelConfig) -> Path:
-    """A checkpoint of bfloat16 weights in one file."""
+    """A checkpoint of bfloat16 weights, in files as the hub has them."""
     folder.mkdir()
     raw = config.model_dump(exclude={"yarn"}) | {"torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(raw))
-    weights = {name: tensor.to(torch.bfloat16, copy=True).contiguous() for name, tensor in random_weights(config, 0)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    where: dict[str, str] = {}
+    held: dict[str, torch.Tensor] = {}
+
+    def save() -> None:
+        name = f"model-{len(set(where.values())) + 1:05}.safetensors"
+        save_file(held, folder / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(held, name))
+        held.clear()
+
+    for name, tensor in random_weights(config, 0):
+        held[name] = tensor.to(torch.bfloat16, copy=True).contiguous()
+        if sum(weight.nbytes for weight in held.values()) > SHARD_BYTES:
+            save()
+    save()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
 
@@ -72,7 +91,6 @@ def cuts(whole: int, parts: int) -> list[range]:
 def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) -> StepModel:
     """Heads, experts and the inner dimension of dense layers divided evenly over the ranks."""
     config = ModelConfig.read(folder)
-    place = Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0)
     divided = zip(
         cuts(config.num_attention_heads, ranks),
         cuts(config.intermediate_size, ranks),
@@ -82,29 +100,49 @@ def spread(folder: Path, precision: str, device: str, ranks: int, kernels: str) 
     )
     shares = [
         Share(
-            device=place,
+            device=place(device, rank),
             layers=range(config.num_hidden_layers),
             experts=experts,
             weight_bytes=0,
             portion=Portion(heads=heads, inner=inner, shared=shared) if ranks > 1 else None,
         )
-        for heads, inner, shared, experts in divided
+        for rank, (heads, inner, shared, experts) in enumerate(divided)
     ]
     return loaded(folder, shares, precision, kernels, max(THREADS // ranks, 1))
 
 
 def layered(folder: Path, precision: str, device: str, parts: int, kernels: str) -> StepModel:
-    """The layers divided evenly over parts on one device."""
+    """The layers divided evenly over parts, each on a card of its own if there are as many."""
     config = ModelConfig.read(folder)
-    place = Device(name=device, kind="gpu", free_bytes=0, bytes_per_s=1.0)
     experts = range(config.n_routed_experts or 0)
-    shares = [Share(device=place, layers=layers, experts=experts, weight_bytes=0) for layers in cuts(config.num_hidden_layers, parts)]
+    shares = [
+        Share(device=place(device, part), layers=layers, experts=experts, weight_bytes=0)
+        for part, layers in enumerate(cuts(config.num_hidden_layers, parts))
+    ]
     return loaded(folder, shares, precision, kernels, THREADS)
+
+
+def offloaded(folder: Path, precision: str, device: str, on_cpu: float) -> StepModel:
+    """A part of the experts in the CPU's memory."""
+    config = ModelConfig.read(folder)
+    experts, cpu = config.n_routed_experts or 0, Device(name="cpu", kind="cpu", free_bytes=0, bytes_per_s=1.0)
+    here = experts - round(experts * on_cpu)
+    shares = [
+        Share(device=place(device, 0), layers=range(config.num_hidden_layers), experts=range(here), weight_bytes=0),
+        Share(device=cpu, layers=range(0), experts=range(here, experts), weight_bytes=0),
+    ]
+    return loaded(folder, shares, precision, "auto", 0)
+
+
+def place(device: str, number: int) -> Device:
+    """The card of a rank or part, where the device is a GPU."""
+    name = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+    return Device(name=name, kind="gpu", free_bytes=0, bytes_per_s=1.0)
 
 
 def loaded(folder: Path, shares: list[Share], precision: str, kernels: str, threads: int) -> StepModel:
     compute = torch.bfloat16 if precision in FEWER_BITS else getattr(torch, precision)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads or torch.get_num_threads())
     return load_spread(
         folder, shares, precision=precision, dtype=compute, threads=threads, kernels=kernels, progress=lambda what, share: None
     )  # fmt: skip
@@ -135,8 +173,10 @@ def measured(load: Callable[[], StepModel], begin: Callable[[], object]) -> dict
     load_s = time.perf_counter() - started
     loaded.set()
     sampler.join()
+    of_process = {}
     if model.device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(model.device)
+        of_process = {"ram_peak_mb": most / 1e6}
+        most = sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
     pages = pages_for(CONTEXT_TOKENS)
     latents = model.pool(pages_for(LEAST_TOKENS))
     if isinstance(model, RankedModel):
@@ -157,7 +197,7 @@ def measured(load: Callable[[], StepModel], begin: Callable[[], object]) -> dict
         "load_s": load_s,
         "weights_mb": model.weight_bytes / 1e6,
         "decode_tokens_per_s": 1 / sorted(times)[STEPS // 2],
-    }
+    } | of_process
 
 
 def gpu_read_bytes_per_s() -> float:
@@ -199,7 +239,7 @@ def errors() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
-    parser.add_argument("--device", default="cpu", help="of the torch forms")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the torch forms")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, for the processes that are started from here
     config = SHAPES[arguments.shape]
@@ -225,11 +265,16 @@ def main() -> None:
                 found["share_of_ceiling"] = found["decode_tokens_per_s"] * read_mb * 1e6 / bandwidth
                 metrics |= {f"{form}_{kind}_{name}": value for name, value in found.items()}
         for ranks in (1, 2, 4):
+            if arguments.device == "cuda" and ranks > torch.cuda.device_count():
+                break
             found = alone(partial(spread, folder, "bfloat16", arguments.device, ranks, "auto"))
             metrics |= {f"ranks_{ranks}_{name}": found[name] for name in ("load_s", "decode_tokens_per_s")}
         for parts in (2, 4):
             found = alone(partial(layered, folder, "bfloat16", arguments.device, parts, "auto"))
             metrics[f"layers_in_{parts}_decode_tokens_per_s"] = found["decode_tokens_per_s"]
+        for kind, on_cpu in OFFLOADED if arguments.device == "cuda" else ():
+            found = alone(partial(offloaded, folder, kind, arguments.device, on_cpu))
+            metrics |= {f"{kind}_{on_cpu:.0%}_on_cpu_{name}": found[name] for name in ("load_s", "decode_tokens_per_s")}
     report("placement", metrics, tuple(goal for goal in GOALS if goal.metric in metrics))
 
 

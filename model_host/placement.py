@@ -119,14 +119,14 @@ def _together(demand: Demand, precision: Precision, devices: Sequence[Device]) -
     room for; or in which the one device there is computes everything. None where they do not fit, or one would have nothing to do."""
     config, per_token = demand.entry.shape, cached_bytes_per_token(demand.entry, precision)
     bearing = [device for device in devices if device.kind == "gpu"] or devices[:1]
-    portions = _portions(config, bearing)
-    if portions is None:
+    divided = portions(config, bearing)
+    if divided is None:
         return None
-    rest = [_rest_bytes(config, precision, portion, is_first=not rank) for rank, portion in enumerate(portions)]
+    rest = [_rest_bytes(config, precision, portion, is_first=not rank) for rank, portion in enumerate(divided)]
     per_expert = mixtures(config) * expert_bytes(config, precision)  # of all layers
     context = demand.batch * demand.context_tokens * per_token
     room = [device.free_bytes - RESERVED_BYTES[device.kind] for device in devices]
-    for rank, portion in enumerate(portions):
+    for rank, portion in enumerate(divided):
         room[rank] -= rest[rank] + context + working_bytes(config.portion(portion), demand.context_tokens)
     if min(room[: len(bearing)]) < 0:
         return None
@@ -145,7 +145,7 @@ def _together(demand: Demand, precision: Precision, devices: Sequence[Device]) -
                 layers=range(config.num_hidden_layers if bears else 0),
                 experts=range(start, start + count),
                 weight_bytes=count * per_expert + (rest[place] if bears else 0),
-                portion=portions[place] if bears and len(bearing) > 1 else None,
+                portion=divided[place] if bears and len(bearing) > 1 else None,
             )
         )
         start += count
@@ -153,8 +153,8 @@ def _together(demand: Demand, precision: Precision, devices: Sequence[Device]) -
     return _plan(demand, precision, shares, context + left)
 
 
-def _portions(config: ModelConfig, devices: Sequence[Device]) -> list[Portion] | None:
-    """For each device, by bandwidth; None where there are not enough heads."""
+def portions(config: ModelConfig, devices: Sequence[Device]) -> list[Portion] | None:
+    """What of every layer each device computes, by bandwidth; None where there are not enough heads."""
     speeds = [device.bytes_per_s for device in devices]
     inner = -(-config.intermediate_size // GROUP_COLUMNS)
     if min(config.num_attention_heads, inner) < len(devices):

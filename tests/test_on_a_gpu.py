@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from model_host import ranks, runner
+from model_host import placement, ranks, runner
 from model_host.checkpoints import STARTER
-from model_host.config import Portion
+from model_host.config import ModelConfig, Portion
 from model_host.devices import Device, Share
 from model_host.divided import LayeredModel, RankedModel, SpreadModel
 from model_host.engine import LocalEngine, load_engine
 from model_host.errors import RankLost
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.gpu.model import GpuModel
+from model_host.machine import real_devices
 from model_host.runner import Form, load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -106,9 +107,13 @@ async def test_every_precision_answers(dtype: str):
     assert said.startswith("ep_")
 
 
-@pytest.mark.parametrize("devices", [("cuda:0", "cuda:0"), ("cuda:0", "cpu", "cuda:0")], ids=str)
+LAST = f"cuda:{torch.cuda.device_count() - 1}"
+
+
+@pytest.mark.parametrize("devices", [("cuda:0", LAST), ("cuda:0", "cpu", LAST)], ids=["two parts", "the CPU between two"])
 async def test_layers_on_several_devices_say_what_one_says(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    """Two parts on one card are two sets of captured graphs; with the CPU between them what goes from part to part really moves."""
+    """On cards of their own where there are several. Two parts on one card are two sets of captured graphs; with the CPU between them what
+    goes from part to part moves there too."""
     cuts = (0, 3, 8) if len(devices) == 2 else (0, 3, 5, 8)
     shares = [
         Share(device=Device(name=name, kind="gpu", free_bytes=0, bytes_per_s=1.0), layers=range(a, b), experts=range(32), weight_bytes=0)
@@ -141,8 +146,8 @@ def test_fewer_bits_on_one_gpu_run_in_captured_graphs(dtype: str):
 
 @pytest.fixture
 def ranked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalEngine]]:
-    """Engines of the starter with a portion on each of several ranks, which all are on one card. NCCL refuses that, unless the ranks say
-    that they are of different hosts; then they take turns on the card and speak through sockets."""
+    """Engines of the starter with a portion on each of several ranks. Where there are fewer cards than ranks, all are on one. NCCL refuses
+    that, unless the ranks say that they are of different hosts; then they take turns on the card and speak through sockets."""
     others = count(1)
     start = subprocess.Popen
 
@@ -155,21 +160,24 @@ def ranked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalEngin
         *portions: tuple[range, range, range, range], backend: str = "nccl", on_cpu: range = range(0), dtype: str = "float32"
     ) -> LocalEngine:
         """Of heads, experts, shared experts and the inner dimension of dense layers; the first is rank 0's."""
-        monkeypatch.setenv("NCCL_HOSTID", "host 0")
-        monkeypatch.setenv("NCCL_NET", "Socket")
-        monkeypatch.setenv("NCCL_IB_DISABLE", "1")
-        monkeypatch.setattr(ranks, "backend_for", lambda devices: backend)
-        monkeypatch.setattr(ranks.subprocess, "Popen", elsewhere)
+        have_their_own = len(portions) <= torch.cuda.device_count()
+        if not have_their_own:
+            monkeypatch.setenv("NCCL_HOSTID", "host 0")
+            monkeypatch.setenv("NCCL_NET", "Socket")
+            monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+            monkeypatch.setattr(ranks.subprocess, "Popen", elsewhere)
+        if not have_their_own or backend == "gloo":
+            monkeypatch.setattr(ranks, "backend_for", lambda devices: backend)
         card = Device(name="cuda:0", kind="gpu", free_bytes=0, bytes_per_s=1.0)
         shares = [
             Share(
-                device=card,
+                device=replace(card, name=f"cuda:{rank if have_their_own else 0}"),
                 layers=range(8),
                 experts=experts,
                 weight_bytes=0,
                 portion=Portion(heads=heads, shared=shared, inner=inner),
             )
-            for heads, experts, shared, inner in portions
+            for rank, (heads, experts, shared, inner) in enumerate(portions)
         ]
         if on_cpu:
             shares.append(Share(device=replace(card, name="cpu", kind="cpu"), layers=range(0), experts=on_cpu, weight_bytes=0))
@@ -248,7 +256,7 @@ async def test_a_rank_that_dies_is_told_within_seconds_and_its_cache_is_as_it_wa
                 os.kill(process.pid, signal.SIGKILL)
                 break
         killed = time.monotonic()
-        with pytest.raises(RankLost, match=r"process of rank 1 on cuda:0 failed: it was ended by signal 9"):
+        with pytest.raises(RankLost, match=r"process of rank 1 on cuda:\d failed: it was ended by signal 9"):
             await generation.finished()
         assert time.monotonic() - killed < 8
         said, cost = await ask(engine, replace(request, max_new_tokens=8))
@@ -256,3 +264,28 @@ async def test_a_rank_that_dies_is_told_within_seconds_and_its_cache_is_as_it_wa
         assert cost.computed_tokens < 20
     finally:
         whole.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU here")
+@pytest.mark.parametrize("slow", [False, True], ids=["layers apart, for want of room", "ranks, for want of speed"])
+async def test_a_plan_over_all_cards_is_loaded_and_says_what_one_card_says(slow: bool, monkeypatch: pytest.MonkeyPatch):
+    cards = [card for card in real_devices() if card.kind == "gpu"]
+    whole = on("cuda:0")
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(placement, "WORTH", 1.0 if slow else placement.WORTH)  # dividing so small a model gains little
+    for free_mb in range(700, 2000, 5):
+        there = tuple(replace(card, free_bytes=free_mb * 10**6, bytes_per_s=1e9 if slow else card.bytes_per_s) for card in cards)
+        monkeypatch.setattr(runner, "real_devices", lambda there=there: there)
+        form = runner.choose(ModelConfig.read(STARTER), device="auto", dtype="float32", kernels="auto")
+        if len(form.shares) == len(cards) and slow == (form.shares[0].portion is not None):
+            break
+    else:
+        pytest.fail("no plan uses all cards")
+    apart = on("auto")
+    try:
+        assert isinstance(apart._runner.model, RankedModel if slow else LayeredModel)
+        for request in (hole(text(methods=3)), hole(text(methods=3), "    def step_41(self, ")):
+            assert (await ask(apart, request))[0] == (await ask(whole, request))[0]
+    finally:
+        whole.close()
+        apart.close()

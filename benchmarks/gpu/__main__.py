@@ -1,9 +1,9 @@
 """python -m benchmarks.gpu --out DIR [--tiny] [--budget-s S]: what the engine's model does on a GPU, held against its ceilings.
 
-Random weights in the shapes of DeepSeek-Coder-V2-Lite, bfloat16; last in fewer bits, and the 236B in 4. First whether the kernels and
-the captured graphs are right, then how fast they are: decode beside the plain torch path, transformers' model (which shares the
-weights), and the bytes of a token over the bandwidth measured in the same run; prefill beside the operations of a prompt over the
-measured rate of large matmuls.
+Random weights in the shapes of DeepSeek-Coder-V2-Lite, bfloat16; then in fewer bits, with the 236B in 4; last over all cards, where
+there are several. First whether the kernels and the captured graphs are right, then how fast they are: decode beside the plain torch
+path, transformers' model (which shares the weights), and the bytes of a token over the bandwidth measured in the same run; prefill
+beside the operations of a prompt over the measured rate of large matmuls.
 
 Every section stands alone: what it finds, or the error that ended it, is in DIR/gpu.json and DIR/gpu.md before the next one starts,
 and what does not fit into the budget is left out and named. Needs torch, pydantic, Triton, transformers for the comparison, and
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.bench import Bench, as_markdown
+from benchmarks.gpu.cards import cards
 from benchmarks.gpu.decoding import decode, decode_plain, profile, verify
 from benchmarks.gpu.formats import formats
 from benchmarks.gpu.kernels import TUNING_LEAVES_S, agreement, correctness, tuning
@@ -43,6 +44,7 @@ SECTIONS: tuple[tuple[str, Callable[[Bench], None], float], ...] = (
     ("attention of a prompt", prompt_attention, 20),
     ("short spans, plain torch", short_spans, 20),
     ("formats", formats, 120),
+    ("several cards", cards, 120),
 )
 """Name, what it does, and the seconds it should have left to start."""
 

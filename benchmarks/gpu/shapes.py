@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_host.batch import Span, Step
 from model_host.config import ModelConfig
@@ -39,35 +40,37 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     with torch.device("meta"):
         model = Model(config)
     model = model.to(dtype).to_empty(device=device).eval()
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(std=1.0 if name == "embed_tokens.weight" else parameter.shape[-1] ** -0.5)
+    fill(model)
     return model
 
 
 def random_packed_model(config: ModelConfig, precision: str, dtype: torch.dtype, device: torch.device) -> Model:
-    """As `random_model`, in fewer bits: codes are drawn, not rounded to, which nothing but the sums can tell."""
+    """As `random_model`, in fewer bits."""
     held = TorchExperts(config, range(config.n_routed_experts or 0), precision, dtype, device)
     model = empty_dense(config, Spread([held]), precision=precision, dtype=dtype, device=device).eval()
-    torch.manual_seed(0)
-    for module in (*held.modules(), *model.modules()):
-        if isinstance(module, PackedLinear | Stack) and module.bits:
-            columns = module.in_features if isinstance(module, PackedLinear) else module.columns
-            module.codes.random_(*((-127, 128) if module.bits == 8 else (0, 256)))
-            module.scales.fill_((columns**-0.5) / (73.6 if module.bits == 8 else 4.64))  # over the codes' standard deviation
-        elif isinstance(module, Nf4Stack):
-            module.codes.random_(0, 256)
-            module.scales.fill_((module.columns**-0.5) / 0.517)
-    for name, parameter in model.named_parameters():
-        kind = name.rpartition(".")[2]
-        if "norm" in name:
-            parameter.fill_(1.0)
-        elif kind not in ("codes", "scales"):
-            parameter.normal_(std=1.0 if name == "embed_tokens.weight" else parameter.shape[-1] ** -0.5)
+    fill(held, model)
     return model
+
+
+def fill(*parts: nn.Module) -> None:
+    """Draws weights, by their names, so that what several ranks have is the same on all. In fewer bits the codes are drawn, not rounded
+    to, which nothing but the sums can tell."""
+    for part in parts:
+        for name, module in part.named_modules():
+            torch.manual_seed(crc32(name.encode()))
+            if isinstance(module, PackedLinear | Stack) and module.bits:
+                columns = module.in_features if isinstance(module, PackedLinear) else module.columns
+                module.codes.random_(*((-127, 128) if module.bits == 8 else (0, 256)))
+                module.scales.fill_((columns**-0.5) / (73.6 if module.bits == 8 else 4.64))  # over the codes' standard deviation
+            elif isinstance(module, Nf4Stack):
+                module.codes.random_(0, 256)
+                module.scales.fill_((module.columns**-0.5) / 0.517)
+            else:
+                for kind, parameter in module.named_parameters(prefix=name, recurse=False):
+                    if "norm" in kind:
+                        parameter.data.fill_(1.0)
+                    else:
+                        parameter.data.normal_(std=1.0 if kind == "embed_tokens.weight" else parameter.shape[-1] ** -0.5)
 
 
 class Sequences:

@@ -3,6 +3,9 @@
 Owns: `linear` and `experts` of `kernels` where their matrices are packed; plain forms in `plain`. Up to `Tuning.packed_rows` rows are
 multiplied one by one by plain threads, more by tensor cores, all together. Scales multiply sums in float32, never the codes, which are
 whole numbers and exact in any type.
+
+Four bits become numbers without being converted: put into the last bits of a float that is large enough for these to be its units, from
+which that float is subtracted again. Conversions are four times as slow as other operations.
 """
 
 import triton
@@ -17,6 +20,11 @@ from model_host.quantized import Packed
 GROUP: tl.constexpr = tl.constexpr(GROUP_COLUMNS)
 HALF: tl.constexpr = tl.constexpr(GROUP_COLUMNS // 2)
 """Bytes of a whole group of int4."""
+UNITS32 = 0x4B000000
+"""2^23 in float32, whose last bits are units. Kernels get it as an argument: of a constant that it knows, the assembler makes two
+operations of one."""
+UNITS16: tl.constexpr = tl.constexpr(0x4300)
+"""2^7 in bfloat16, likewise."""
 
 
 def linear(x: Tensor, weight: Packed, tuning: Tuning) -> Tensor:
@@ -27,7 +35,7 @@ def linear(x: Tensor, weight: Packed, tuning: Tuning) -> Tensor:
     tile = _tile(tuning, bits, is_few=is_few)
     sizes = {"SIZE": size, "D": weight.columns, "BITS": bits} | _blocks(tile, weight)
     if is_few:
-        _few_linear[(triton.cdiv(size, tile.rows), rows)](x, weight.codes, weight.scales, out, **sizes)
+        _few_linear[(triton.cdiv(size, tile.rows), rows)](x, weight.codes, weight.scales, out, UNITS32, **sizes)
     else:
         _many_linear[(triton.cdiv(size, tile.rows),)](x, weight.codes, weight.scales, out, rows, **sizes)
     return out
@@ -55,8 +63,8 @@ def experts(
     downs = (down.codes, down.scales, back.codes, back.scales)
     up_parts, down_parts = triton.cdiv(inner_size, tile.rows), triton.cdiv(size, tile.rows)
     if is_few:
-        _few_up[(rows * (chosen + always), up_parts)](x, ids, *ups, inner, **sizes, **_blocks(tile, gate_up))
-        _few_down[(rows * (chosen + one_more), down_parts)](inner, ids, *downs, parts, **sizes, **_blocks(tile, down))
+        _few_up[(rows * (chosen + always), up_parts)](x, ids, *ups, inner, UNITS32, **sizes, **_blocks(tile, gate_up))
+        _few_down[(rows * (chosen + one_more), down_parts)](inner, ids, *downs, parts, UNITS32, **sizes, **_blocks(tile, down))
         return parts
     sizes |= {"BLOCK_K": triton.next_power_of_2(chosen)}
     _many_up[(up_parts, number + always)](x, ids, *ups, inner, rows, **sizes, **_blocks(tile, gate_up))
@@ -76,7 +84,7 @@ def _blocks(tile: Tile, matrices: Packed) -> dict[str, int]:
     else:
         groups = triton.next_power_of_2(matrices.scales.shape[-1])
         depth = min(max(tile.depth // GROUP_COLUMNS, 1), groups) * GROUP_COLUMNS
-    return {"ROWS": tile.rows, "DEPTH": depth, "num_warps": tile.warps, "num_stages": tile.stages}
+    return {"ROWS": tile.rows, "DEPTH": depth, "STAGES": tile.stages, "num_warps": tile.warps}
 
 
 @triton.jit
@@ -91,29 +99,37 @@ def _scale_count(COLUMNS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _times_one(codes, scales, i, live, x, COLUMNS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+def _times_one(
+    codes, scales, i, live, x, units,
+    COLUMNS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Rows i of a matrix times one vector at x -> [ROWS]"""
     if BITS == 8:
         total = tl.zeros((ROWS, DEPTH), tl.float32)
-        for start in range(0, COLUMNS, DEPTH):
+        for start in tl.range(0, COLUMNS, DEPTH, num_stages=STAGES):
             d = start + tl.arange(0, DEPTH)
             some = tl.load(x + d, mask=d < COLUMNS, other=0.0).to(tl.float32)
             code = tl.load(codes + i[:, None] * COLUMNS + d[None, :], mask=live[:, None] & (d < COLUMNS)[None, :], other=0)
             total += code.to(tl.float32) * some[None, :]
         out = tl.sum(total, axis=1) * tl.load(scales + i, mask=live, other=0.0).to(tl.float32)
     else:
-        total = tl.zeros((ROWS, DEPTH // GROUP), tl.float32)
-        for start in range(0, COLUMNS, DEPTH):
-            g, b = tl.arange(0, DEPTH // GROUP) + start // GROUP, tl.arange(0, HALF)
-            low, high, is_there = _columns(g[:, None], b[None, :], COLUMNS)  # [G, 32] each
-            at = i[:, None, None] * ((COLUMNS + 1) // 2) + (g[:, None] * HALF + b[None, :])[None, :, :]
-            pair = tl.load(codes + at, mask=live[:, None, None] & is_there[None, :, :], other=0)  # [ROWS, G, 32]
-            first = tl.load(x + low, mask=is_there, other=0.0).to(tl.float32)
-            second = tl.load(x + high, mask=is_there & (high < COLUMNS), other=0.0).to(tl.float32)
-            product = ((pair & 15).to(tl.float32) - 8.0) * first[None, :, :] + ((pair >> 4).to(tl.float32) - 8.0) * second[None, :, :]
-            scale_at = scales + i[:, None] * ((COLUMNS + GROUP - 1) // GROUP) + g[None, :]
+        G: tl.constexpr = DEPTH // GROUP
+        BYTES: tl.constexpr = _code_bytes(COLUMNS, BITS)
+        total = tl.zeros((ROWS, G), tl.float32)
+        for start in tl.range(0, BYTES, DEPTH // 2, num_stages=STAGES):
+            k = start + tl.arange(0, DEPTH // 2)
+            low, high, is_there = _columns(k // HALF, k % HALF, COLUMNS)  # [DEPTH / 2] each
+            pair = tl.load(codes + i[:, None] * BYTES + k[None, :], mask=live[:, None] & is_there[None, :], other=0).to(tl.int32)
+            first = tl.load(x + low, mask=is_there, other=0.0).to(tl.float32)[None, :]
+            second = tl.load(x + high, mask=is_there & (high < COLUMNS), other=0.0).to(tl.float32)[None, :]
+            g = start // HALF + tl.arange(0, G)
+            scale_at = scales + i[:, None] * _scale_count(COLUMNS, BITS) + g[None, :]
             scale = tl.load(scale_at, mask=live[:, None] & (g * GROUP < COLUMNS)[None, :], other=0.0).to(tl.float32)
-            total += tl.sum(product, axis=2) * scale
+            lows = ((pair & 15) | units).to(tl.float32, bitcast=True) - (8388608.0 + 8)
+            highs = ((pair & 240) | units).to(tl.float32, bitcast=True) - (8388608.0 + 8 * 16)  # 16 times what they are
+            sums = tl.sum(tl.reshape(lows * first, (ROWS, G, HALF)), axis=2)
+            sums += tl.sum(tl.reshape(highs * second, (ROWS, G, HALF)), axis=2) * 0.0625
+            total += sums * scale
         out = tl.sum(total, axis=1)
     return out
 
@@ -135,12 +151,13 @@ def _columns(g, b, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _times_many(
-    codes, scales, i, live, x, taken, COLUMNS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+    codes, scales, i, live, x, taken,
+    COLUMNS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows i of a matrix times the vectors at the pointers x [T], where `taken` -> [T, ROWS]"""
     total = tl.zeros((TILE, ROWS), tl.float32)
     if BITS == 8:
-        for start in range(0, COLUMNS, DEPTH):
+        for start in tl.range(0, COLUMNS, DEPTH, num_stages=STAGES):
             d = start + tl.arange(0, DEPTH)
             some = tl.load(x[:, None] + d[None, :], mask=taken[:, None] & (d < COLUMNS)[None, :], other=0.0)  # [T, DEPTH]
             code = tl.load(codes + i[:, None] * COLUMNS + d[None, :], mask=live[:, None] & (d < COLUMNS)[None, :], other=0)
@@ -148,45 +165,49 @@ def _times_many(
         total *= tl.load(scales + i, mask=live, other=0.0).to(tl.float32)[None, :]
     else:
         b = tl.arange(0, HALF)
-        for g in range(0, (COLUMNS + GROUP - 1) // GROUP):
+        for g in tl.range(0, _scale_count(COLUMNS, BITS), num_stages=STAGES):
             low, high, is_there = _columns(g, b, COLUMNS)
-            at = i[:, None] * ((COLUMNS + 1) // 2) + (b + g * HALF)[None, :]
+            at = i[:, None] * _code_bytes(COLUMNS, BITS) + (b + g * HALF)[None, :]
             pair = tl.load(codes + at, mask=live[:, None] & is_there[None, :], other=0)  # [ROWS, 32]
             first = tl.load(x[:, None] + low[None, :], mask=taken[:, None] & is_there[None, :], other=0.0)  # [T, 32]
             second = tl.load(x[:, None] + high[None, :], mask=taken[:, None] & (is_there & (high < COLUMNS))[None, :], other=0.0)
-            low_codes, high_codes = (pair & 15).to(tl.float32) - 8.0, (pair >> 4).to(tl.float32) - 8.0
-            part = tl.dot(first, tl.trans(low_codes.to(first.dtype)), input_precision="ieee")
-            part = tl.dot(second, tl.trans(high_codes.to(first.dtype)), part, input_precision="ieee")
-            scale_at = scales + i * ((COLUMNS + GROUP - 1) // GROUP) + g
+            if first.dtype == tl.bfloat16:
+                lows = ((pair.to(tl.int16) & 15) | UNITS16).to(tl.bfloat16, bitcast=True) - (128.0 + 8)
+                highs = ((pair.to(tl.int16) >> 4) | UNITS16).to(tl.bfloat16, bitcast=True) - (128.0 + 8)
+            else:
+                lows, highs = (pair & 15).to(first.dtype) - 8.0, (pair >> 4).to(first.dtype) - 8.0
+            part = tl.dot(first, tl.trans(lows), input_precision="ieee")
+            part = tl.dot(second, tl.trans(highs), part, input_precision="ieee")
+            scale_at = scales + i * _scale_count(COLUMNS, BITS) + g
             total += part * tl.load(scale_at, mask=live, other=0.0).to(tl.float32)[None, :]
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _few_linear(
-    x, codes, scales, out,
-    SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    x, codes, scales, out, units,
+    SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, o = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = _times_one(codes, scales, o, o < SIZE, x + row * D, D, BITS, ROWS, DEPTH)
+    total = _times_one(codes, scales, o, o < SIZE, x + row * D, units, D, BITS, ROWS, DEPTH, STAGES)
     tl.store(out + row * SIZE + o, total.to(out.dtype.element_ty), mask=o < SIZE)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _many_linear(
     x, codes, scales, out, rows,
-    SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t, o = tl.arange(0, TILE), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = _times_many(codes, scales, o, o < SIZE, x + t * D, t < rows, D, BITS, ROWS, DEPTH)
+    total = _times_many(codes, scales, o, o < SIZE, x + t * D, t < rows, D, BITS, ROWS, DEPTH, STAGES)
     tl.store(out + t[:, None] * SIZE + o[None, :], total.to(out.dtype.element_ty), mask=(t < rows)[:, None] & (o < SIZE)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _few_up(
-    x, ids, codes, scales, gate_codes, gate_scales, up_codes, up_scales, inner,
+    x, ids, codes, scales, gate_codes, gate_scales, up_codes, up_scales, inner, units,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program for each choice and part of I, as in `kernels`."""
     choice, i = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -196,24 +217,24 @@ def _few_up(
     if m < K:
         first = expert * (2 * I)
         c, s = codes + first * _code_bytes(D, BITS), scales + first * _scale_count(D, BITS)
-        gates = _times_one(c, s, i, live, x + row * D, D, BITS, ROWS, DEPTH)
+        gates = _times_one(c, s, i, live, x + row * D, units, D, BITS, ROWS, DEPTH, STAGES)
         c, s = c + I * _code_bytes(D, BITS), s + I * _scale_count(D, BITS)
-        ups = _times_one(c, s, i, live, x + row * D, D, BITS, ROWS, DEPTH)
+        ups = _times_one(c, s, i, live, x + row * D, units, D, BITS, ROWS, DEPTH, STAGES)
     else:
         first = (m - K).to(tl.int64) * I
         c, s = gate_codes + first * _code_bytes(D, BITS), gate_scales + first * _scale_count(D, BITS)
-        gates = _times_one(c, s, i, live, x + row * D, D, BITS, ROWS, DEPTH)
+        gates = _times_one(c, s, i, live, x + row * D, units, D, BITS, ROWS, DEPTH, STAGES)
         c, s = up_codes + first * _code_bytes(D, BITS), up_scales + first * _scale_count(D, BITS)
-        ups = _times_one(c, s, i, live, x + row * D, D, BITS, ROWS, DEPTH)
+        ups = _times_one(c, s, i, live, x + row * D, units, D, BITS, ROWS, DEPTH, STAGES)
     out = gates * tl.sigmoid(gates) * ups
     tl.store(inner + choice * I + i, out.to(inner.dtype.element_ty), mask=i < I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _few_down(
-    inner, ids, codes, scales, shared_codes, shared_scales, parts,
+    inner, ids, codes, scales, shared_codes, shared_scales, parts, units,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = K + (1 if S > 0 else 0)
     choice, d = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -224,9 +245,9 @@ def _few_down(
     if m < K:
         first = expert * D
         c, s = codes + first * _code_bytes(I, BITS), scales + first * _scale_count(I, BITS)
-        total = _times_one(c, s, d, live, x, I, BITS, ROWS, DEPTH)
+        total = _times_one(c, s, d, live, x, units, I, BITS, ROWS, DEPTH, STAGES)
     else:
-        total = _times_one(shared_codes, shared_scales, d, live, x, S * I, BITS, ROWS, DEPTH)
+        total = _times_one(shared_codes, shared_scales, d, live, x, units, S * I, BITS, ROWS, DEPTH, STAGES)
     tl.store(parts + choice * D + d, total, mask=d < D)
 
 
@@ -234,7 +255,7 @@ def _few_down(
 def _many_up(
     x, ids, codes, scales, gate_codes, gate_scales, up_codes, up_scales, inner, rows,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program for each expert and part of I, as in `kernels`."""
     expert = tl.program_id(1)
@@ -245,15 +266,15 @@ def _many_up(
         if expert < E:
             first = expert.to(tl.int64) * (2 * I)
             c, s = codes + first * _code_bytes(D, BITS), scales + first * _scale_count(D, BITS)
-            gates = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH)
+            gates = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH, STAGES)
             c, s = c + I * _code_bytes(D, BITS), s + I * _scale_count(D, BITS)
-            ups = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH)
+            ups = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH, STAGES)
         else:
             first = (expert - E).to(tl.int64) * I
             c, s = gate_codes + first * _code_bytes(D, BITS), gate_scales + first * _scale_count(D, BITS)
-            gates = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH)
+            gates = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH, STAGES)
             c, s = up_codes + first * _code_bytes(D, BITS), up_scales + first * _scale_count(D, BITS)
-            ups = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH)
+            ups = _times_many(c, s, i, live, x + t * D, taken, D, BITS, ROWS, DEPTH, STAGES)
         out = gates * tl.sigmoid(gates) * ups
         into = inner + (t * (K + S) + which)[:, None] * I + i[None, :]
         tl.store(into, out.to(inner.dtype.element_ty), mask=taken[:, None] & live[None, :])
@@ -263,7 +284,7 @@ def _many_up(
 def _many_down(
     inner, ids, codes, scales, shared_codes, shared_scales, parts, rows,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = K + (1 if S > 0 else 0)
     expert = tl.program_id(1)
@@ -275,8 +296,8 @@ def _many_down(
         if expert < E:
             first = expert.to(tl.int64) * D
             c, s = codes + first * _code_bytes(I, BITS), scales + first * _scale_count(I, BITS)
-            total = _times_many(c, s, d, live, x, taken, I, BITS, ROWS, DEPTH)
+            total = _times_many(c, s, d, live, x, taken, I, BITS, ROWS, DEPTH, STAGES)
         else:
-            total = _times_many(shared_codes, shared_scales, d, live, x, taken, S * I, BITS, ROWS, DEPTH)
+            total = _times_many(shared_codes, shared_scales, d, live, x, taken, S * I, BITS, ROWS, DEPTH, STAGES)
         into = parts + (t * M + which)[:, None] * D + d[None, :]
         tl.store(into, total, mask=taken[:, None] & live[None, :])

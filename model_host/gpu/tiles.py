@@ -20,6 +20,7 @@ class Tile:
     depth: int
     warps: int
     stages: int = 1
+    """How many of these parts are on their way from memory at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +38,10 @@ class Tuning:
     linear: Tile = field(default=Tile(4, 1024, 4))
     packed_rows: int = 2
     """Up to so many rows packed matrices are walked through row by row; above, by tensor cores for all rows together."""
-    few8: Tile = field(default=Tile(4, 1024, 4))
-    few4: Tile = field(default=Tile(4, 1024, 4))
+    few8: Tile = field(default=Tile(4, 512, 2, 4))
+    few4: Tile = field(default=Tile(8, 512, 2))
     many8: Tile = field(default=Tile(32, 128, 4, 4))
-    many4: Tile = field(default=Tile(32, 64, 4, 4))
+    many4: Tile = field(default=Tile(32, 64, 2, 4))
     """`depth` is always that of a group here."""
     attend: Tile = field(default=Tile(64, 0, 8, 2))
     """`rows` are tokens of context here."""
