@@ -12,12 +12,14 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 
 import httpx2
 
 from model_host.errors import EngineClosed, EngineError, RequestError
 from model_host.generation import Facts, Finish, Generation, Request
 from model_host.remote.answers import EventStream, Reading, code_in, parts_of
+from model_host.remote.connection import closing_what_is_left
 from model_host.remote.endpoint import Endpoint, headers, tls
 from model_host.remote.questions import CHARS_PER_TOKEN, Question, question
 from model_host.remote.refusals import is_no_room, message_in, refusal, unreachable
@@ -30,7 +32,6 @@ BACKOFF_S = 0.25
 LONGEST_WAIT_S = 10.0
 """More than this is not waited for, even when the server asks for it."""
 TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-CANCEL_CHECK_S = 0.02
 
 
 def connect(where: Endpoint) -> "RemoteEngine":
@@ -69,11 +70,11 @@ class RemoteEngine:
     def __init__(self, where: Endpoint, served: Served, facts: Facts, verify: ssl.SSLContext) -> None:
         self._where, self._served, self._facts, self._verify = where, served, facts, verify
         self._refuses_extras = False
-        self._running: dict[int, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         patience = httpx2.Timeout(None, connect=CONNECT_S, write=where.timeout_s)  # reading has limits of its own
         self._client = httpx2.AsyncClient(headers=headers(where), verify=verify, timeout=patience, follow_redirects=False)
-        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="remote engine", daemon=True)
         self._thread.start()
 
@@ -82,56 +83,50 @@ class RemoteEngine:
         return self._facts
 
     def submit(self, request: Request) -> Generation:
-        if self._closed.is_set():
-            raise EngineClosed("The engine was shut down.")
-        generation = Generation()
-        self._loop.call_soon_threadsafe(self._begin, request, generation)
+        generation, reading = Generation(), Reading(StopStrings(request.stop), time.monotonic())
+        with self._lock:
+            if self._is_closed:
+                raise EngineClosed("The engine was shut down.")
+            asking = asyncio.run_coroutine_threadsafe(self._ask(request, generation, reading), self._loop)
+
+        def stop() -> None:
+            """Has the task leave its stream, which closes the connection, which is what servers end the work at."""
+            asking.cancel()
+
+        generation.when_cancelled(stop)
+        asking.add_done_callback(lambda asked: self._end(asked, generation, reading))
         return generation
 
     def close(self) -> None:
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result()
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            ending = asyncio.run_coroutine_threadsafe(self._end_all(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _end_all(self) -> None:
-        tasks = list(self._running.values())
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
-    def _begin(self, request: Request, generation: Generation) -> None:
-        task = self._loop.create_task(self._answer(request, generation))
-        self._running[id(generation)] = task
-        task.add_done_callback(lambda _: self._running.pop(id(generation), None))
-
-    async def _answer(self, request: Request, generation: Generation) -> None:
-        """Feeds the generation to its end, whatever happens."""
-        reading = Reading(StopStrings(request.stop), time.monotonic())
-        asking = asyncio.create_task(self._ask(request, generation, reading))
-        try:
-            while not asking.done() and not generation.is_cancelled:
-                await asyncio.wait({asking}, timeout=CANCEL_CHECK_S)
-            if not asking.done():  # leaving the stream closes its connection, which is what servers end the work at
-                asking.cancel()
-                await asyncio.wait({asking})
-                generation.feed(reading.cost(Finish.CANCELLED))
-                return
-            finish = asking.result()
+    def _end(self, asked: "Future[Finish]", generation: Generation, reading: Reading) -> None:
+        """Feeds what ends the generation, whatever happened. Called once, by whichever thread ended it: at once when it is cancelled."""
+        if asked.cancelled():
+            is_wanted = generation.is_cancelled
+            generation.feed(reading.cost(Finish.CANCELLED) if is_wanted else EngineClosed("The engine was shut down."))
+        elif (error := asked.exception()) is None:
             if text := reading.rest():
                 generation.feed(text)
-            generation.feed(reading.cost(finish))
-        except EngineError as error:
+            generation.feed(reading.cost(asked.result()))
+        elif isinstance(error, EngineError):
             generation.feed(error)
-        except asyncio.CancelledError:
-            asking.cancel()
-            generation.feed(EngineClosed("The engine was shut down."))
-            raise
-        except Exception as error:
+        else:
             generation.feed(EngineError(f"The answer of {self._where.host} could not be read: {error!r}. Please report it."))
 
     async def _ask(self, request: Request, generation: Generation, reading: Reading) -> Finish:
@@ -168,7 +163,11 @@ class RemoteEngine:
         body = asked.body | asked.extras if with_extras else asked.body
         reading.sent_at = time.monotonic()
         try:
-            async with asyncio.timeout(where.timeout_s) as patience, self._client.stream("POST", asked.path, json=body) as response:
+            async with (
+                asyncio.timeout(where.timeout_s) as patience,
+                closing_what_is_left() as watched,
+                self._client.stream("POST", asked.path, json=body, extensions=watched) as response,
+            ):
                 if not response.is_success:
                     await self._refused(response, with_extras)
                 if asked.extras and not with_extras:  # taken without them: it was them that was refused, not the request

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -159,19 +160,58 @@ async def test_cancelling_closes_the_connection_so_that_the_server_stops(open_en
     assert await asyncio.to_thread(server.was_left.wait, 2.0)
 
 
-async def test_cancelling_works_before_a_word_has_come_and_between_attempts(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
-    engine, server = open_engine(says(5.0), timeout_s=30.0, stall_s=30.0)
+@pytest.mark.parametrize("behaviour", [says(9.0), says(9.0, head=b""), says(b": ping\n\n", 9.0)], ids=["headers", "nothing", "a comment"])
+async def test_cancelling_works_before_a_word_has_come(open_engine: Any, behaviour: Behaviour):
+    engine, server = open_engine(behaviour, timeout_s=30.0, stall_s=30.0)
     generation = engine.submit(HOLE)
     await asyncio.sleep(0.1)
     generation.cancel()
     assert (await generation.finished()).finish is Finish.CANCELLED
     assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_cancelling_works_between_attempts(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(remote_engine, "BACKOFF_S", 8.0)
     engine, server = open_engine(status(503))
     generation = engine.submit(HOLE)
     await asyncio.sleep(0.1)
     generation.cancel()
     assert (await generation.finished()).finish is Finish.CANCELLED and len(server.asked) == 1
+
+
+async def test_cancelling_within_a_tls_handshake_closes_the_connection(open_engine: Any):
+    engine, server = open_engine()
+    engine._where = replace(engine._where, url=server.url.replace("http", "https"))  # it waits for words that are not encrypted
+    generation = engine.submit(HOLE)
+    await asyncio.sleep(0.2)
+    generation.cancel()
+    assert (await generation.finished()).finish is Finish.CANCELLED
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_an_engine_that_waits_for_its_server_does_nothing_until_it_is_cancelled(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
+    engine, _ = open_engine(says(9.0), timeout_s=30.0)
+    generation = engine.submit(HOLE)
+    await asyncio.sleep(0.2)
+    timers: list[float] = []
+    call_at = engine._loop.call_at
+    monkeypatch.setattr(engine._loop, "call_at", lambda when, *rest, **more: timers.append(when) or call_at(when, *rest, **more))
+    await asyncio.sleep(0.3)
+    assert timers == []
+    generation.cancel()
+    assert (await generation.finished()).finish is Finish.CANCELLED
+
+
+async def test_a_request_that_is_cancelled_or_closed_as_soon_as_it_is_made_ends(open_engine: Any):
+    engine, _ = open_engine(says(9.0))
+    generation = engine.submit(HOLE)
+    generation.cancel()
+    assert (await asyncio.wait_for(generation.finished(), 5)).finish is Finish.CANCELLED
+    generation = engine.submit(HOLE)
+    engine.close()
+    with pytest.raises(EngineClosed):
+        await asyncio.wait_for(generation.finished(), 5)
+    generation.cancel()
 
 
 @pytest.mark.parametrize(
