@@ -13,6 +13,8 @@ from model_host.errors import EngineError
 TOKEN_VARIABLE = "DEEPSEEK_ENGINE_TOKEN"
 
 FimForm = Literal["tokens", "suffix", "infill", "none"]
+Kind = Literal["hole", "chat", "text"]
+"""What is to be filled, answered, or gone on with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

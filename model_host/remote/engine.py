@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import httpx2
 
@@ -22,8 +23,8 @@ from model_host.remote.answers import EventStream, Reading, code_in, parts_of
 from model_host.remote.connection import closing_what_is_left
 from model_host.remote.endpoint import Endpoint, headers, tls
 from model_host.remote.questions import CHARS_PER_TOKEN, Question, question
-from model_host.remote.refusals import is_no_room, message_in, refusal, unreachable
-from model_host.remote.served import CONNECT_S, Served, served_at, why_without_fim
+from model_host.remote.refusals import is_no_room, message_in, refusal, unreachable, without_chat
+from model_host.remote.served import CONNECT_S, Served, served_at, why_without_chat, why_without_fim
 from model_host.stops import StopStrings
 
 ATTEMPTS = 4
@@ -46,7 +47,8 @@ def connect(where: Endpoint) -> "RemoteEngine":
         parameters=0,
         weight_bytes=0,
         context_tokens=served.context_tokens,
-        without_fim=why_without_fim(where, served.model),
+        without_fim=why_without_fim(where, served),
+        without_chat=why_without_chat(where, served),
         load_s=time.monotonic() - started,
     )
     return RemoteEngine(where, served, facts, verify)
@@ -169,7 +171,7 @@ class RemoteEngine:
                 self._client.stream("POST", asked.path, json=body, extensions=watched) as response,
             ):
                 if not response.is_success:
-                    await self._refused(response, with_extras)
+                    await self._refused(response, asked, with_extras)
                 if asked.extras and not with_extras:  # taken without them: it was them that was refused, not the request
                     self._refuses_extras = True
                 async for event in self._events(response, patience):
@@ -190,9 +192,12 @@ class RemoteEngine:
         lost = f"{where.host} ended the connection within its answer: see its log."
         raise EngineError(lost) if reading.pieces else TryAgain(lost)
 
-    async def _refused(self, response: httpx2.Response, with_extras: bool) -> None:
+    async def _refused(self, response: httpx2.Response, asked: Question, with_extras: bool) -> None:
         content, status = (await response.aread()).decode("utf-8", "replace"), response.status_code
-        sentence = refusal(self._where, status, content, of_hole=not response.url.path.endswith("/chat/completions"))
+        if asked.kind == "chat" and (reason := without_chat(self._where, status, content, is_listed=self._served.is_listed)):
+            self._facts = replace(self._facts, without_chat=reason)
+            raise RequestError(f"{reason} Ask again.")
+        sentence = refusal(self._where, status, content, asked.kind)
         if is_no_room(status, content):
             raise NoRoom(sentence)
         if status in (400, 422):

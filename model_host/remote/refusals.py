@@ -5,10 +5,13 @@ import re
 
 import httpx2
 
-from model_host.remote.endpoint import TOKEN_VARIABLE, Endpoint
+from model_host.remote.endpoint import TOKEN_VARIABLE, Endpoint, Kind
 
 NO_ROOM = re.compile("context (length|size|window)", re.IGNORECASE)
 """How vLLM, SGLang and llama-server say that a prompt is too long."""
+NO_TEMPLATE = re.compile("chat.?template", re.IGNORECASE)
+"""How vLLM and SGLang say that the model has none, in transformers' words."""
+BY_EXAMPLE = "so actions are asked by example and their answers are worse"
 
 
 def unreachable(where: Endpoint, error: Exception) -> str:
@@ -23,10 +26,10 @@ def unreachable(where: Endpoint, error: Exception) -> str:
     return f"The connection to {where.host} was lost ({type(error).__name__}): it may have been restarted. Try again."
 
 
-def refusal(where: Endpoint, status: int, body: str, *, of_hole: bool = False) -> str:
+def refusal(where: Endpoint, status: int, body: str, kind: Kind | None = None) -> str:
     """What an answer that is no success means to the user."""
     said = message_in(body)
-    if of_hole and where.fim in ("suffix", "infill") and status in (400, 404, 501) and not is_no_room(status, body):
+    if kind == "hole" and where.fim in ("suffix", "infill") and status in (400, 404, 501) and not is_no_room(status, body):
         return f"{where.host} may not know remote.fim = {where.fim!r} ({status}{said}): set it to 'tokens', and check remote.url."
     if status in (401, 403):
         return f"{where.host} refuses the token ({status}): put the right one into {TOKEN_VARIABLE} or remote.token_file."
@@ -36,11 +39,26 @@ def refusal(where: Endpoint, status: int, body: str, *, of_hole: bool = False) -
         return f"{where.host} has too much to do (429): try again later."
     if 300 <= status < 400:
         return f"{where.host} sends elsewhere ({status}), which is not followed: set remote.url to the place itself."
+    if status == 500 and kind == "chat" and not said:  # all that transformers serve says of a model without a chat template
+        hint = "where that says that the model has no chat template, serve one whose name ends in Instruct or Chat"
+        return f"{where.host} failed on this question (500): see the server's own log; {hint}."
     if status >= 500:
         return f"{where.host} failed on this request ({status}{said}): see the server's own log."
     if is_no_room(status, body):
         return f"{where.host} has no room for so long a prompt ({status}{said}): select less code, or serve the model with more context."
     return f"{where.host} does not take this request ({status}{said})."
+
+
+def without_chat(where: Endpoint, status: int, body: str, *, is_listed: bool) -> str | None:
+    """Why the server does not converse, where that is what its answer to a question means. Where it lists the model, it is the address for
+    questions that is not there; else it may be any."""
+    said = message_in(body)
+    if NO_TEMPLATE.search(said):
+        instead = "serve one whose name ends in Instruct or Chat, or give the server its template (--chat-template)"
+        return f"{where.host} has no chat template for its model ({status}), {BY_EXAMPLE}: {instead}."
+    if is_listed and status in (404, 405, 501) and "model" not in said.lower():
+        return f"{where.host} has no /chat/completions ({status}), {BY_EXAMPLE}: set remote.url to a server that has, for them."
+    return None
 
 
 def is_no_room(status: int, body: str) -> bool:

@@ -72,10 +72,12 @@ class Asked:
 
 @dataclass
 class Misbehaving:
-    """Answers /models with `models`, every other request by the next of `script`; the last is repeated."""
+    """Answers /models with `models`, llama-server's /props with `props`, every other request by the next of `script`; the last is
+    repeated."""
 
     script: list[Behaviour] = field(default_factory=lambda: [says(*GOOD)])
     models: Behaviour | None = None
+    props: Behaviour | None = None
     tls: ssl.SSLContext | None = None
     asked: list[Asked] = field(default_factory=list)
     was_left: threading.Event = field(default_factory=threading.Event)
@@ -115,6 +117,9 @@ class Misbehaving:
             asked = Asked(method, path, headers, json.loads(body) if body else {})
             if path.endswith("/models"):
                 await (self.models or listing("served"))(writer)
+                return
+            if path == "/props":
+                await (self.props or status(404))(writer)
                 return
             self.asked.append(asked)
             behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]

@@ -318,6 +318,97 @@ async def test_a_way_to_ask_for_holes_that_the_server_lacks_is_named(open_engine
         assert "remote.fim" not in str(told.value), "questions have nothing to do with it"
 
 
+QUESTION = Request(prompt=Chat(messages=(Message(role="user", content="explain"),)), max_new_tokens=9)
+NO_TEMPLATE = """As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template if the \
+tokenizer does not define one."""
+
+
+@pytest.mark.parametrize(
+    ("refuses", "said"),
+    [
+        (status(400, json.dumps({"error": {"message": NO_TEMPLATE, "code": 400}})), "has no chat template for its model (400)"),
+        (
+            status(500, json.dumps({"object": "error", "message": "tokenizer.chat_template is not set"})),
+            "has no chat template for its model (500)",
+        ),
+        (status(404, '{"detail": "Not Found"}'), "has no /chat/completions (404)"),
+        (status(501, '{"error": {"message": "not supported"}}'), "has no /chat/completions (501)"),
+    ],
+    ids=["vLLM", "SGLang", "no such address", "not made"],
+)
+async def test_a_server_that_cannot_converse_says_so_once_and_is_asked_by_example_from_then_on(
+    open_engine: Any, refuses: Behaviour, said: str
+):
+    engine, server = open_engine(refuses, says(*GOOD))
+    assert engine.facts.without_chat is None
+    with pytest.raises(RequestError) as told:
+        await text_of(engine, QUESTION)
+    assert said in str(told.value) and str(told.value).endswith("Ask again.") and len(server.asked) == 1
+    assert engine.facts.without_chat and said in engine.facts.without_chat and "asked by example" in engine.facts.without_chat
+    by_example = replace(QUESTION, prompt=Chat(messages=(Message(role="user", content="### Request\n<｜User｜>"),), in_template=False))
+    assert await text_of(engine, by_example) == await text_of(engine) == "a = 1\n"
+    assert [asked.path for asked in server.asked[1:]] == ["/v1/completions"] * 2
+    assert server.asked[1].body["prompt"] == f"{BOS}### Request\n<|User|>"
+
+
+async def test_what_does_not_say_that_a_server_cannot_converse_leaves_questions_as_they_are(open_engine: Any):
+    for refuses, models in (
+        (status(404, '{"error": {"message": "The model `served` does not exist."}}'), None),
+        (status(404, '{"detail": "Not Found"}'), status(500)),  # the whole address may be wrong
+        (status(400, '{"error": {"message": "seed: Input should be less than 9"}}'), None),
+    ):
+        engine, _ = open_engine(refuses, models=models, model="served")
+        with pytest.raises(EngineError):
+            await text_of(engine, QUESTION)
+        assert engine.facts.without_chat is None
+
+
+async def test_a_server_that_fails_at_a_question_without_a_word_may_lack_a_template(open_engine: Any):
+    engine, _ = open_engine(status(500, "Internal Server Error"))  # transformers serve
+    with pytest.raises(
+        EngineError, match=r"failed on this question \(500\): see the server's own log; where that says .* Instruct or Chat\."
+    ):
+        await text_of(engine, QUESTION)
+
+
+def test_whether_a_release_converses_is_known_by_its_name(open_engine: Any):
+    base = "never learned to converse, so actions are asked by example"
+    for name, more in (
+        ("coder", {"root": "deepseek-ai/DeepSeek-Coder-V2-Lite-Base"}),
+        ("/models/DeepSeek-Coder-V2-Lite-Base.Q4_K_M.gguf", {}),
+        ("bartowski/DeepSeek-Coder-V2-Lite-Base-GGUF:Q6_K", {}),
+    ):
+        engine, server = open_engine(models=listing(name, **more))
+        assert engine.facts.without_chat and base in engine.facts.without_chat and engine.facts.without_fim is None
+        assert base in inspect(Endpoint(url=server.url)).facts["questions"]
+    tuned, _ = open_engine(models=listing("coder", root="/models/DeepSeek-V2-Chat-AWQ"))
+    assert tuned.facts.without_chat is None and "was not trained to fill in" in tuned.facts.without_fim
+
+
+def test_a_template_that_llama_server_makes_up_is_none(open_engine: Any):
+    made_up = """{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}"""
+    for template, expected in ((made_up, True), ("{{ bos_token }}", False)):
+        server = Misbehaving(models=listing("mine.gguf", owned_by="llamacpp"), props=status(200, json.dumps({"chat_template": template})))
+        with server:
+            engine = connect(Endpoint(url=server.url, timeout_s=2.0))
+            without = engine.facts.without_chat
+            engine.close()
+        assert ("writes ChatML, so actions are asked by example" in (without or "")) is expected
+
+
+def test_doctor_asks_a_server_whether_it_converses(open_engine: Any):
+    engine, server = open_engine(status(400, json.dumps({"message": NO_TEMPLATE})))
+    assert "has no chat template for its model" in inspect(engine._where).facts["questions"]
+    server.script[:] = [says(*GOOD)]
+    assert inspect(engine._where).facts["questions"] == "answered"
+    assert {(asked.path, asked.body["max_tokens"]) for asked in server.asked} == {("/v1/chat/completions", 1)}
+
+
 async def test_characters_cut_in_half_come_out_whole(open_engine: Any):
     raw = b'data: {"choices": [{"text": "\xc3\xa9 \xf0\x9f\x99\x82"}]}\n\n'
     pairs = [b'data: {"choices": [{"text": "\\ud83d"}]}\n\n', b'data: {"choices": [{"text": "\\ude00!"}]}\n\n']
