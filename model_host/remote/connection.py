@@ -1,8 +1,13 @@
-"""The connection to a server: that it closes whenever a request leaves it."""
+"""The connection to a server: that it closes whenever a request leaves it, and that nothing without end is read."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+
+import httpx2
+
+from model_host.errors import EngineError
+from model_host.remote.answers import MAX_EVENT_BYTES, WITHOUT_END
 
 
 @asynccontextmanager
@@ -22,3 +27,13 @@ async def closing_what_is_left() -> AsyncIterator[dict[str, Any]]:
     finally:
         for stream in opened:
             await stream.aclose()
+
+
+async def whole(response: httpx2.Response) -> bytes:
+    """The body of a response that is no stream. Raises EngineError where it does not end."""
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > MAX_EVENT_BYTES:
+            raise EngineError(WITHOUT_END)
+    return bytes(body)

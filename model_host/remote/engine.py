@@ -20,7 +20,7 @@ import httpx2
 from model_host.errors import EngineClosed, EngineError, RequestError
 from model_host.generation import Facts, Finish, Generation, Request
 from model_host.remote.answers import EventStream, Reading, code_in, parts_of
-from model_host.remote.connection import closing_what_is_left
+from model_host.remote.connection import closing_what_is_left, whole
 from model_host.remote.endpoint import Endpoint, headers, tls
 from model_host.remote.questions import CHARS_PER_TOKEN, Question, question
 from model_host.remote.refusals import is_no_room, message_in, refusal, unreachable, without_chat
@@ -32,6 +32,11 @@ BACKOFF_S = 0.25
 """Before the second attempt; doubled for each further one, and drawn between half and whole of it."""
 LONGEST_WAIT_S = 10.0
 """More than this is not waited for, even when the server asks for it."""
+AFTERWORD_S = 1.0
+"""So long what a server may still tell of an answer that has ended is waited for: what it cost, and that this is all."""
+CLOSING_S = 0.05
+"""So long the end of the response itself is, which leaves the connection open for the next request."""
+DONE = "[DONE]"
 TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -85,7 +90,8 @@ class RemoteEngine:
         return self._facts
 
     def submit(self, request: Request) -> Generation:
-        generation, reading = Generation(), Reading(StopStrings(request.stop), time.monotonic())
+        generation = Generation()
+        reading = Reading(StopStrings(request.stop), time.monotonic(), request.max_new_tokens)
         with self._lock:
             if self._is_closed:
                 raise EngineClosed("The engine was shut down.")
@@ -174,9 +180,10 @@ class RemoteEngine:
                     await self._refused(response, asked, with_extras)
                 if asked.extras and not with_extras:  # taken without them: it was them that was refused, not the request
                     self._refuses_extras = True
-                async for event in self._events(response, patience):
-                    if self._take(event, generation, reading):
-                        return reading.finish or Finish.END
+                async for event in self._events(response):
+                    if not reading.is_done and self._take(event, generation, reading):
+                        break  # which closes the connection
+                    patience.reschedule(self._next_by(reading, patience.when() or 0.0))
         except (httpx2.HTTPError, TimeoutError) as error:
             if reading.finish is not None:  # it said that it ended, and then forgot to
                 return reading.finish
@@ -193,7 +200,7 @@ class RemoteEngine:
         raise EngineError(lost) if reading.pieces else TryAgain(lost)
 
     async def _refused(self, response: httpx2.Response, asked: Question, with_extras: bool) -> None:
-        content, status = (await response.aread()).decode("utf-8", "replace"), response.status_code
+        content, status = (await whole(response)).decode("utf-8", "replace"), response.status_code
         if asked.kind == "chat" and (reason := without_chat(self._where, status, content, is_listed=self._served.is_listed)):
             self._facts = replace(self._facts, without_chat=reason)
             raise RequestError(f"{reason} Ask again.")
@@ -207,30 +214,45 @@ class RemoteEngine:
             raise TryAgain(sentence, float(asked_for) if asked_for.isdigit() else None)
         raise EngineError(sentence)
 
-    async def _events(self, response: httpx2.Response, patience: asyncio.Timeout) -> AsyncIterator[str]:
-        """The data of every event; that of an answer which is not streamed is one. Each must come within `stall_s` of the last."""
-        if "json" in response.headers.get("content-type", ""):
-            yield (await response.aread()).decode("utf-8", "replace")
+    async def _events(self, response: httpx2.Response) -> AsyncIterator[str]:
+        """The data of every event; that of an answer which is not streamed is one."""
+        kind = response.headers.get("content-type", "")
+        if "html" in kind:
+            raise EngineError(f"{self._where.host} answers with a web page: check remote.url, which ends in /v1.")
+        if "json" in kind:
+            yield (await whole(response)).decode("utf-8", "replace")
+            yield DONE
             return
         stream = EventStream()
         async for chunk in response.aiter_bytes():
-            patience.reschedule(asyncio.get_running_loop().time() + self._where.stall_s)
             for event in stream.add(chunk):
                 yield event
         for event in stream.end():
             yield event
 
+    def _next_by(self, reading: Reading, expected_by: float) -> float:
+        """When the next event has to have come, on the loop's clock, after one that came now. Comments are no events, so a server that does
+        nothing but keep the connection alive is given up."""
+        now = asyncio.get_running_loop().time()
+        if reading.is_done:
+            return min(expected_by, now + CLOSING_S)
+        if reading.finish is not None:
+            return min(expected_by, now + AFTERWORD_S)
+        by = now + self._where.stall_s
+        return by if reading.pieces else max(by, expected_by)
+
     def _take(self, event: str, generation: Generation, reading: Reading) -> bool:
-        """Feeds what one event says. Whether nothing of interest can follow."""
-        if event == "[DONE]":
-            return reading.finish is not None
+        """Feeds what one event says. Whether nothing that follows is of interest."""
+        if event == DONE:
+            reading.is_done, reading.finish = True, reading.finish or Finish.END
+            return False
         try:
             said = json.loads(event)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EngineError(
                 f"{self._where.host} answers with something that is not JSON: it does not speak OpenAI's protocol."
             ) from error
-        if not isinstance(said, dict) or "error" in said:
+        if not isinstance(said, dict) or said.get("error"):
             status = code_in(said)
             if 400 <= status < 500:  # vLLM begins an answer before it has looked at all of the request
                 raise RequestError(refusal(self._where, status, event))
@@ -239,6 +261,9 @@ class RemoteEngine:
         if isinstance(said.get("usage"), dict):
             reading.usage = said["usage"]
         text, ended, logprobs = parts_of(said)
+        if text and reading.pieces == reading.max_pieces:
+            reading.finish = Finish.LENGTH
+            return True
         if text:
             reading.last_at = time.monotonic()
             reading.first_at = reading.first_at or reading.last_at

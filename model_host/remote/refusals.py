@@ -71,7 +71,7 @@ def message_in(body: str) -> str:
         content = json.loads(body)
         said = content.get("message") or content.get("detail") or content["error"]
         said = said.get("message", "") if isinstance(said, dict) else said
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
     words = " ".join(str(said).split())
     return f": {words[:300].removesuffix('.')}" if words else ""

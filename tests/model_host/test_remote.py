@@ -8,14 +8,18 @@ import ssl
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_host.checkpoints import STARTER
 from model_host.errors import EngineClosed, EngineError, RequestError
@@ -28,6 +32,7 @@ from model_host.remote.questions import BOS, FIM_BEGIN, NO_TEXT, Question, quest
 from model_host.remote.served import Served, inspect
 from tests.model_host.misbehaving import (
     GOOD,
+    HEAD,
     Behaviour,
     Misbehaving,
     event,
@@ -150,7 +155,7 @@ def test_only_a_schema_constrains_an_answer_there():
 
 async def test_cancelling_closes_the_connection_so_that_the_server_stops(open_engine: Any):
     engine, server = open_engine(speaks_forever)
-    generation = engine.submit(HOLE)
+    generation = engine.submit(replace(HOLE, max_new_tokens=9999))
     async for _ in generation:
         break
     generation.cancel()
@@ -503,7 +508,7 @@ async def test_log_probabilities_come_in_both_spellings(open_engine: Any):
 
 async def test_a_closed_engine_ends_what_runs_and_takes_nothing_more(open_engine: Any):
     engine, _ = open_engine(speaks_forever)
-    generation = engine.submit(HOLE)
+    generation = engine.submit(replace(HOLE, max_new_tokens=9999))
     async for _ in generation:
         break
     await asyncio.to_thread(engine.close)
@@ -610,15 +615,150 @@ def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
         endpoint(**SET | {"token_file": str(file)})
 
 
-def test_events_are_found_wherever_they_are_cut():
-    raw = ": ping\r\n\r\ndata: a\r\ndata:b\r\n\r\nevent: x\ndata: é\n\ndata: end\ndata: hal".encode()
-    for size in (1, 2, 3, 7, len(raw)):
-        stream, found = EventStream(), []
-        for start in range(0, len(raw), size):
-            found += stream.add(raw[start : start + size])
-        assert [*found, *stream.end()] == ["a\nb", "é", "end"]
+LINE = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=20)
+WRITTEN_LINES = st.one_of(
+    st.tuples(st.sampled_from(["data: ", "data:"]), LINE.filter(lambda text: not text.startswith(" "))),
+    st.tuples(st.sampled_from([": ", ":", "event: ", "id:", "retry: ", "database: "]), LINE),
+)
+
+
+@given(
+    events=st.lists(st.lists(WRITTEN_LINES, min_size=1, max_size=4), max_size=5),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
+    begin=st.sampled_from(["", "\ufeff"]),
+    data=st.data(),
+)
+def test_events_are_found_wherever_they_are_cut(events: list[list[tuple[str, str]]], end: str, begin: str, data: st.DataObject):
+    raw = (begin + "".join("".join(name + text + end for name, text in event) + end for event in events)).encode()
+    of_data = [[text for name, text in event if name.startswith("data:")] for event in events]
+    cuts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw)), max_size=30))})
+    stream, found = EventStream(), []
+    for start, stop in pairwise(cuts):
+        found += stream.add(raw[start:stop])
+    assert [*found, *stream.end()] == ["\n".join(lines) for lines in of_data if lines]
+
+
+def test_an_event_that_is_not_closed_counts_and_half_a_line_does_not():
+    stream = EventStream()
+    assert stream.add(b"data: a\r\ndata:b\r\n\r\ndata: end\ndata: hal") == ["a\nb"] and stream.end() == ["end"]
+
+
+def test_a_long_event_in_small_pieces_takes_no_longer_than_its_length():
+    stream, started = EventStream(), time.monotonic()
+    for _ in range(200_000):
+        assert stream.add(b"data: " + b"x" * 24) == []
+    assert len(stream.add(b"\n\n")[0]) == 200_000 * 30 - 6 and time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: x\n" * 100], ids=["a line", "lines of one event"])
+def test_what_never_ends_is_not_kept(piece: bytes):
+    stream = EventStream()
     with pytest.raises(EngineError, match="without end"):
-        EventStream().add(b"x" * (MAX_EVENT_BYTES + 1))
+        for _ in range(MAX_EVENT_BYTES // len(piece) + 2):
+            stream.add(piece)
+
+
+async def test_a_server_that_only_keeps_the_connection_alive_is_given_up(open_engine: Any):
+    pings: list[bytes | float] = [b": ping\n\n", 0.05] * 100
+    engine, server = open_engine(says(*pings), timeout_s=0.5)
+    with pytest.raises(EngineError, match=r"did not answer within 0.5 s"):
+        await text_of(engine)
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+    engine, _ = open_engine(says(event("a"), *pings))
+    with pytest.raises(EngineError, match=r"fell silent for 0.3 s"):
+        await text_of(engine)
+
+
+async def test_a_server_that_says_early_that_it_is_there_has_as_long_for_its_first_word(open_engine: Any):
+    role = b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n'
+    for sign in (b": ping\n\n", role):
+        engine, _ = open_engine(says(sign, 0.7, *GOOD), timeout_s=2.0, stall_s=0.3)
+        assert await text_of(engine) == "a = 1\n"
+
+
+async def test_an_answer_that_has_ended_is_not_waited_for_as_long_as_a_word(open_engine: Any):
+    for last in ([event("b", "stop")], [event("b"), b"data: [DONE]\n\n"]):
+        engine, _ = open_engine(says(*last, 9.0), stall_s=9.0)
+        started = time.monotonic()
+        assert await text_of(engine) == "b" and time.monotonic() - started < 4
+
+
+async def test_an_answer_whose_end_has_no_reason_is_an_answer(open_engine: Any):
+    engine, server = open_engine(says(event("a"), event("b"), b"data: [DONE]\n\n"))
+    assert await text_of(engine) == "ab"
+    whole = json.dumps({"choices": [{"text": "all", "finish_reason": None}], "error": None})
+    server.script[:] = [status(200, whole, "Content-Type: application/json\r\n")]
+    assert await text_of(engine) == "all"
+
+
+async def test_an_event_that_says_that_there_is_no_error_is_none(open_engine: Any):
+    engine, _ = open_engine(says(event("a", error=None), event("", "stop", error=None)))
+    assert await text_of(engine) == "a"
+
+
+async def test_a_server_that_does_not_heed_the_limit_is_left_at_it(open_engine: Any):
+    engine, server = open_engine(speaks_forever)
+    generation = engine.submit(HOLE)
+    assert "".join([piece async for piece in generation]) == "x" * 8
+    assert generation.cost and (generation.cost.finish, generation.cost.new_tokens) == (Finish.LENGTH, 8)
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_a_web_page_is_not_taken_for_an_answer(open_engine: Any):
+    engine, server = open_engine(status(200, "<html>Sign in</html>", "Content-Type: text/html; charset=utf-8\r\n"))
+    with pytest.raises(EngineError, match=r"answers with a web page: check remote.url, which ends in /v1\."):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("head", ["200 OK\r\nContent-Type: application/json", "500 X", "200 OK\r\nContent-Type: text/event-stream"])
+async def test_an_answer_without_end_is_given_up(open_engine: Any, head: str):
+    flood = says(*[b"x" * 100_000] * 200, 9.0, head=f"HTTP/1.1 {head}\r\n\r\n".encode())
+    engine, server = open_engine(flood, timeout_s=30.0, stall_s=30.0)
+    with pytest.raises(EngineError, match="answer without end"):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+async def test_nonsense_that_is_nested_too_deeply_is_nonsense(open_engine: Any):
+    deep = b"[" * 100_000
+    engine, server = open_engine(says(b"data: " + deep + b"\n\n"))
+    with pytest.raises(EngineError, match="not JSON"):
+        await text_of(engine)
+    server.script[:] = [status(403, deep.decode())]
+    with pytest.raises(EngineError, match="refuses the token"):
+        await text_of(engine)
+
+
+async def test_a_compressed_stream_is_read_as_it_comes(open_engine: Any):
+    packing = zlib.compressobj(wbits=31)
+    parts = [packing.compress(part) + packing.flush(zlib.Z_SYNC_FLUSH) for part in GOOD]
+    engine, _ = open_engine(says(parts[0], 9.0, *parts[1:], head=HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n"), stall_s=9.0)
+    async for piece in engine.submit(HOLE):
+        assert piece == "a ="
+        break
+
+
+async def test_answers_that_were_read_to_their_end_share_a_connection(open_engine: Any):
+    engine, _ = open_engine()
+    opened: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        writer.transport.set_write_buffer_limits(0)
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = next(int(line.split()[1]) for line in head.decode().lower().split("\r\n") if line.startswith("content-length"))
+            await reader.readexactly(length)
+            writer.write(HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked"))
+            for part in [*GOOD, b""]:
+                writer.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+                await asyncio.sleep(0.005)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    engine._where = replace(engine._where, url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+    assert [await text_of(engine) for _ in range(3)] == ["a = 1\n"] * 3 and len(opened) == 1
+    opened[0].close()
+    server.close()
 
 
 @pytest.fixture
