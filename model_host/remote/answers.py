@@ -8,11 +8,10 @@ from typing import Any
 from model_host.errors import EngineError
 from model_host.generation import Cost, Finish, TokenLogprob
 from model_host.remote.questions import NO_TEXT
+from model_host.remote.refusals import MAX_BYTES, WITHOUT_END
 from model_host.stops import StopStrings
 
-MAX_EVENT_BYTES = 8_000_000
 LINE_END = re.compile(rb"\r\n|\n|\r")
-WITHOUT_END = "The server sends an answer without end: it does not speak OpenAI's protocol."
 
 
 class EventStream:
@@ -40,7 +39,7 @@ class EventStream:
             self._take(self._line.decode("utf-8", "replace"), events)
             self._line.clear()
         self._line += begun
-        if len(self._line) + self._data_bytes > MAX_EVENT_BYTES:
+        if len(self._line) + self._data_bytes > MAX_BYTES:
             raise EngineError(WITHOUT_END)
         return events
 

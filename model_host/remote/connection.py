@@ -1,5 +1,6 @@
-"""The connection to a server: that it closes whenever a request leaves it, and that nothing without end is read."""
+"""The connection to a server: which way it takes, that it closes whenever a request leaves it, and that nothing without end is read."""
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import httpx2
 
 from model_host.errors import EngineError
-from model_host.remote.answers import MAX_EVENT_BYTES, WITHOUT_END
+from model_host.remote.endpoint import Endpoint, headers
+from model_host.remote.refusals import MAX_BYTES, WITHOUT_END
+
+
+def of_client(where: Endpoint, verify: ssl.SSLContext) -> dict[str, Any]:
+    """How every client of httpx is made here. Proxies of the environment are for what is encrypted; what is not goes to its machine and
+    nowhere else."""
+    return {"headers": headers(where), "verify": verify, "follow_redirects": False, "trust_env": where.url.startswith("https:")}
 
 
 @asynccontextmanager
@@ -34,6 +42,6 @@ async def whole(response: httpx2.Response) -> bytes:
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
-        if len(body) > MAX_EVENT_BYTES:
+        if len(body) > MAX_BYTES:
             raise EngineError(WITHOUT_END)
     return bytes(body)

@@ -20,10 +20,10 @@ import httpx2
 from model_host.errors import EngineClosed, EngineError, RequestError
 from model_host.generation import Facts, Finish, Generation, Request
 from model_host.remote.answers import EventStream, Reading, code_in, parts_of
-from model_host.remote.connection import closing_what_is_left, whole
-from model_host.remote.endpoint import Endpoint, headers, tls
+from model_host.remote.connection import closing_what_is_left, of_client, whole
+from model_host.remote.endpoint import Endpoint, tls
 from model_host.remote.questions import CHARS_PER_TOKEN, Question, question
-from model_host.remote.refusals import is_no_room, message_in, refusal, unreachable, without_chat
+from model_host.remote.refusals import asked_to_wait_s, is_no_room, message_in, readable, refusal, unreachable, without_chat
 from model_host.remote.served import CONNECT_S, Served, served_at, why_without_chat, why_without_fim
 from model_host.stops import StopStrings
 
@@ -37,6 +37,7 @@ AFTERWORD_S = 1.0
 CLOSING_S = 0.05
 """So long the end of the response itself is, which leaves the connection open for the next request."""
 DONE = "[DONE]"
+OF_JSON = {"Content-Type": "application/json"}
 TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -46,7 +47,7 @@ def connect(where: Endpoint) -> "RemoteEngine":
     verify = tls(where)
     served = served_at(where, verify)
     facts = Facts(
-        checkpoint=served.model,
+        checkpoint=readable(served.model),
         device=where.host,
         dtype="its own type",
         parameters=0,
@@ -62,7 +63,7 @@ def connect(where: Endpoint) -> "RemoteEngine":
 class TryAgain(Exception):
     """Nothing was said yet, and a second attempt may go better."""
 
-    def __init__(self, sentence: str, wait_s: float | None = None, *, without_extras: bool = False) -> None:
+    def __init__(self, sentence: str, wait_s: float = 0.0, *, without_extras: bool = False) -> None:
         super().__init__(sentence)
         self.sentence, self.wait_s, self.without_extras = sentence, wait_s, without_extras
 
@@ -79,7 +80,7 @@ class RemoteEngine:
         self._refuses_extras = False
         self._loop = asyncio.new_event_loop()
         patience = httpx2.Timeout(None, connect=CONNECT_S, write=where.timeout_s)  # reading has limits of its own
-        self._client = httpx2.AsyncClient(headers=headers(where), verify=verify, timeout=patience, follow_redirects=False)
+        self._client = httpx2.AsyncClient(**of_client(where, verify), timeout=patience)
         self._lock = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="remote engine", daemon=True)
@@ -160,7 +161,8 @@ class RemoteEngine:
                 return await self._read(asked, with_extras, generation, reading)
             except TryAgain as error:
                 with_extras = with_extras and not error.without_extras
-                wait_s = BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0) if error.wait_s is None else error.wait_s
+                backoff_s = BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+                wait_s = 0.0 if error.without_extras else max(backoff_s, error.wait_s)
                 if attempt == ATTEMPTS or wait_s > LONGEST_WAIT_S:
                     raise EngineError(error.sentence) from error
                 await asyncio.sleep(wait_s)
@@ -168,13 +170,13 @@ class RemoteEngine:
 
     async def _read(self, asked: Question, with_extras: bool, generation: Generation, reading: Reading) -> Finish:
         where = self._where
-        body = asked.body | asked.extras if with_extras else asked.body
+        body = json.dumps(asked.body | asked.extras if with_extras else asked.body, ensure_ascii=False).encode("utf-8", "replace")
         reading.sent_at = time.monotonic()
         try:
             async with (
                 asyncio.timeout(where.timeout_s) as patience,
                 closing_what_is_left() as watched,
-                self._client.stream("POST", asked.path, json=body, extensions=watched) as response,
+                self._client.stream("POST", asked.path, content=body, headers=OF_JSON, extensions=watched) as response,
             ):
                 if not response.is_success:
                     await self._refused(response, asked, with_extras)
@@ -208,10 +210,9 @@ class RemoteEngine:
         if is_no_room(status, content):
             raise NoRoom(sentence)
         if status in (400, 422):
-            raise TryAgain(sentence, 0.0, without_extras=True) if with_extras else RequestError(sentence)
+            raise TryAgain(sentence, without_extras=True) if with_extras else RequestError(sentence)
         if status in TRY_AGAIN:
-            asked_for = response.headers.get("retry-after", "")
-            raise TryAgain(sentence, float(asked_for) if asked_for.isdigit() else None)
+            raise TryAgain(sentence, asked_to_wait_s(response.headers.get("retry-after", "")))
         raise EngineError(sentence)
 
     async def _events(self, response: httpx2.Response) -> AsyncIterator[str]:

@@ -1,7 +1,9 @@
 """What a server says of the model it serves."""
 
+import json
 import re
 import ssl
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,19 @@ import httpx2
 from model_host import catalogue
 from model_host.catalogue import Entry, Infilling
 from model_host.errors import EngineError
-from model_host.remote.endpoint import Endpoint, headers, tls
-from model_host.remote.refusals import BY_EXAMPLE, refusal, unreachable, without_chat
+from model_host.remote.connection import of_client
+from model_host.remote.endpoint import Endpoint, tls
+from model_host.remote.refusals import (
+    BY_EXAMPLE,
+    MAX_BYTES,
+    WITHOUT_END,
+    message_in,
+    proxied,
+    readable,
+    refusal,
+    unreachable,
+    without_chat,
+)
 
 USUAL_CONTEXT_TOKENS = 16_384
 """Where the server does not say."""
@@ -68,26 +81,44 @@ def why_without_fim(where: Endpoint, served: Served) -> str | None:
     return None
 
 
-def served_at(where: Endpoint, verify: ssl.SSLContext) -> Served:
-    """Asks /models. A server that has no such list is believed to serve the model that is named."""
-    patience = httpx2.Timeout(where.timeout_s, connect=CONNECT_S)
+def ask(where: Endpoint, verify: ssl.SSLContext, method: str, url: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+    """The status and the body of an answer, whole and in time. Raises EngineError, also where there is none."""
+    began, content = time.monotonic(), bytearray()
     try:
-        answer = httpx2.get(f"{where.url}/models", headers=headers(where), verify=verify, timeout=patience, follow_redirects=False)
+        client = httpx2.Client(**of_client(where, verify), timeout=httpx2.Timeout(where.timeout_s, connect=CONNECT_S))
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:
+        raise EngineError(proxied(where, error)) from error
+    try:
+        with client, client.stream(method, url, json=body) as answer:
+            for chunk in answer.iter_bytes():
+                content += chunk
+                if len(content) > MAX_BYTES:
+                    raise EngineError(WITHOUT_END)
+                if time.monotonic() - began > where.timeout_s:
+                    raise EngineError(unreachable(where, TimeoutError()))
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise EngineError(unreachable(where, error)) from error
-    if answer.status_code in (401, 403):
-        raise EngineError(refusal(where, answer.status_code, answer.text))
+    return answer.status_code, content.decode("utf-8", "replace")
+
+
+def served_at(where: Endpoint, verify: ssl.SSLContext) -> Served:
+    """Asks /models. A server that has no such list is believed to serve the model that is named."""
+    status, content = ask(where, verify, "GET", f"{where.url}/models")
+    if status in (401, 403) or 300 <= status < 400:
+        raise EngineError(refusal(where, status, content))
     try:
-        listed = [entry for entry in answer.json()["data"] if isinstance(entry["id"], str)] if answer.is_success else []
-    except (ValueError, KeyError, TypeError):
+        listed = [entry for entry in json.loads(content)["data"] if isinstance(entry["id"], str)] if 200 <= status < 300 else []
+    except (ValueError, KeyError, TypeError, RecursionError):
         listed = []
     found = next((entry for entry in listed if entry["id"] == where.model), None) if where.model else next(iter(listed), None)
     if found is None and listed:
-        names = ", ".join(str(entry["id"]) for entry in listed[:5])
+        names = ", ".join(readable(entry["id"]) for entry in listed[:5])
         raise EngineError(f"{where.host} does not serve {where.model!r}: set remote.model to one of {names}.")
     if found is None:
         if not where.model:
-            unlisted = f"{where.host} does not list what it serves ({answer.status_code})"
+            if status == 429 or status >= 500:
+                raise EngineError(refusal(where, status, content))
+            unlisted = f"{where.host} does not list what it serves ({status}{message_in(content)})"
             raise EngineError(f"{unlisted}: set remote.model, and check remote.url, which ends in /v1.")
         return Served(model=where.model)
     meta = found.get("meta") if isinstance(found.get("meta"), dict) else {}
@@ -106,10 +137,9 @@ def served_at(where: Endpoint, verify: ssl.SSLContext) -> Served:
 def writes_chatml(where: Endpoint, verify: ssl.SSLContext) -> bool:
     """Asks llama-server for its chat template."""
     try:
-        url = f"{where.url.removesuffix('/v1')}/props"
-        answer = httpx2.get(url, headers=headers(where), verify=verify, timeout=CONNECT_S, follow_redirects=False)
-        template: Any = answer.json()["chat_template"]
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+        _, content = ask(where, verify, "GET", f"{where.url.removesuffix('/v1')}/props")
+        template: Any = json.loads(content)["chat_template"]
+    except (EngineError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return isinstance(template, str) and " ".join(template.split()) == CHATML
 
@@ -118,11 +148,10 @@ def asked_why_without_chat(where: Endpoint, served: Served, verify: ssl.SSLConte
     """Asks for one token of an answer, to hear whether the server converses. Other failures say nothing of that."""
     body = {"model": served.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
-        url, patience = f"{where.url}/chat/completions", httpx2.Timeout(where.timeout_s, connect=CONNECT_S)
-        answer = httpx2.post(url, json=body, headers=headers(where), verify=verify, timeout=patience, follow_redirects=False)
-    except httpx2.HTTPError:
+        status, content = ask(where, verify, "POST", f"{where.url}/chat/completions", body)
+    except EngineError:
         return None
-    return None if answer.is_success else without_chat(where, answer.status_code, answer.text, is_listed=served.is_listed)
+    return None if 200 <= status < 300 else without_chat(where, status, content, is_listed=served.is_listed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +170,7 @@ def inspect(where: Endpoint) -> Inspection:
         return Inspection(facts, [str(error)])
     without = why_without_fim(where, served)
     facts |= {
-        "model": f"{served.model}, served by {served.owner or 'an unnamed server'}",
+        "model": readable(f"{served.model}, served by {served.owner or 'an unnamed server'}"),
         "context": f"{served.context_tokens:,} tokens",
         "fill-in-the-middle": "no" if without else f"asked for with {where.fim}",
         "questions": why_without_chat(where, served) or asked_why_without_chat(where, served, verify) or "answered",

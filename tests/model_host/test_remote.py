@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import ssl
@@ -12,11 +13,14 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,10 +29,11 @@ from model_host.checkpoints import STARTER
 from model_host.errors import EngineClosed, EngineError, RequestError
 from model_host.generation import Chat, Fim, Finish, Grammar, Message, Request, Sampling
 from model_host.remote import engine as remote_engine
-from model_host.remote.answers import MAX_EVENT_BYTES, EventStream
+from model_host.remote.answers import EventStream
 from model_host.remote.endpoint import Endpoint, endpoint
 from model_host.remote.engine import RemoteEngine, connect
 from model_host.remote.questions import BOS, FIM_BEGIN, NO_TEXT, Question, question
+from model_host.remote.refusals import MAX_BYTES, asked_to_wait_s, unreachable
 from model_host.remote.served import Served, inspect
 from tests.model_host.misbehaving import (
     GOOD,
@@ -543,6 +548,9 @@ def test_connecting_learns_what_is_served(open_engine: Any):
         (status(404), "", "does not list what it serves (404): set remote.model, and check remote.url, which ends in /v1."),
         (status(200, "<html>"), "", "does not list what it serves"),
         (hangs_up, "", "was lost"),
+        (status(308, headers="Location: https://elsewhere/v1/models\r\n"), "", "sends elsewhere (308), which is not followed"),
+        (status(503, '{"error": {"message": "Loading model"}}'), "", "cannot answer now (503: Loading model): it may still be loading"),
+        (status(200, "[" * 100_000), "", "does not list what it serves"),
     ],
 )
 def test_connecting_to_the_wrong_thing_says_what_is_wrong(models: Behaviour, model: str, said: str):
@@ -572,6 +580,108 @@ def test_a_certificate_that_nobody_signed_is_refused_and_trusted_once_named(tmp_
         connect(Endpoint(url=server.url, ca_file=str(tmp_path / "cert.pem"))).close()
 
 
+def test_a_certificate_for_another_name_is_no_matter_of_trust(tmp_path: Path):
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl to make a certificate with")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=x -addext"
+    subprocess.run([*command.split(), "subjectAltName=DNS:elsewhere.example"], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with (
+        Misbehaving(tls=context) as server,
+        pytest.raises(EngineError, match=r"is for another name .*: set remote.url to the name that it"),
+    ):
+        connect(Endpoint(url=server.url, ca_file=str(tmp_path / "cert.pem")))
+
+
+def test_a_certificate_that_has_run_out_is_no_matter_of_trust():
+    error = httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired (_ssl.c:1006)")
+    assert "is out of date" in unreachable(Endpoint(url="https://x/v1"), error)
+
+
+def test_a_server_without_tls_is_told_from_one_that_is_not_there():
+    with (
+        Misbehaving() as server,
+        pytest.raises(EngineError, match=r"does not speak TLS here .*: correct remote.url, which may have to begin"),
+    ):
+        connect(Endpoint(url=server.url.replace("http", "https")))
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "least_s", "most_s"),
+    [
+        ("3", 3, 3),
+        ("0", 0, 0),
+        ("9" * 400, math.inf, math.inf),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 1e9, 1e12),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 -0000", 0, 0),
+        ("\xb2", 0, 0),
+        ("-5", 0, 0),
+        ("soon", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_how_long_a_server_asks_to_be_left_alone(asked_for: str, least_s: float, most_s: float):
+    assert least_s <= asked_to_wait_s(asked_for) <= most_s
+
+
+async def test_a_server_that_asks_to_be_left_alone_until_tomorrow_is(open_engine: Any):
+    tomorrow = format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)
+    engine, server = open_engine(status(429, headers=f"Retry-After: {tomorrow}\r\n"))
+    with pytest.raises(EngineError, match="too much to do"):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+async def test_a_server_that_asks_to_be_asked_again_at_once_is_asked_no_faster_than_others(
+    open_engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote_engine, "BACKOFF_S", 0.2)
+    engine, _ = open_engine(status(503, headers="Retry-After: 0\r\n"), says(*GOOD))
+    started = time.monotonic()
+    assert await text_of(engine) == "a = 1\n" and time.monotonic() - started >= 0.1
+
+
+async def test_what_is_not_encrypted_goes_to_no_proxy(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Misbehaving() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        engine, server = open_engine()
+        assert await text_of(engine) == "a = 1\n"
+        assert len(server.asked) == 1 and proxy.asked == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x", "http://proxy:port"])
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, proxy: str):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(EngineError, match=r"The proxy .* is of no use for gpu.example.org .*: correct HTTPS_PROXY .*, or name"):
+        connect(Endpoint(url="https://gpu.example.org/v1"))
+
+
+async def test_half_a_character_in_the_users_text_does_not_keep_it_from_being_asked(open_engine: Any):
+    engine, server = open_engine()
+    assert await text_of(engine, Request(prompt=Fim(prefix="a\ud83d", suffix=""), max_new_tokens=8)) == "a = 1\n"
+    assert "a?<" in server.asked[0].body["prompt"]
+
+
+async def test_what_a_server_says_is_fit_for_a_terminal(open_engine: Any):
+    engine, _ = open_engine(status(400, json.dumps({"message": "\x1b[2Jgone\ud800"})), models=listing("\x1b]0;x\x07"))
+    with pytest.raises(RequestError) as told:
+        await text_of(engine)
+    assert "\ufffd[2Jgone\ufffd" in str(told.value) and engine.facts.checkpoint.isprintable()
+
+
+def test_a_list_of_models_that_drips_is_given_up():
+    drip: list[bytes | float] = [b" ", 0.1] * 100
+    with Misbehaving(models=says(*drip)) as server, pytest.raises(EngineError, match=r"did not answer within 0.5 s"):
+        connect(Endpoint(url=server.url, timeout_s=0.5))
+    with Misbehaving(models=says(*[b"x" * 100_000] * 200)) as server, pytest.raises(EngineError, match="answer without end"):
+        connect(Endpoint(url=server.url))
+
+
 SET: dict[str, Any] = {
     "url": "https://gpu.example.org/v1/", "model": "", "fim": "tokens", "token_file": "", "ca_file": "", "plain_http": False,
     "timeout_s": 1.0, "stall_s": 1.0, "environment": {},
@@ -583,6 +693,8 @@ def test_settings_become_an_endpoint():
     assert endpoint(**SET | {"environment": {"DEEPSEEK_ENGINE_TOKEN": "t"}}).token == "t"
     assert endpoint(**SET | {"url": "http://localhost:8000/v1"}).host == "localhost:8000"
     assert endpoint(**SET | {"url": "http://gpu:8000/v1", "plain_http": True}).url == "http://gpu:8000/v1"
+    assert endpoint(**SET | {"url": " https://[2001:db8::1]:8000/v1/\n"}).host == "[2001:db8::1]:8000"
+    assert endpoint(**SET | {"url": "http://[::1]:8000/models/v1"}).url == "http://[::1]:8000/models/v1"
 
 
 @pytest.mark.parametrize(
@@ -592,7 +704,16 @@ def test_settings_become_an_endpoint():
         ({"url": "ftp://x"}, "set it to where the server listens"),
         ({"url": "https://me:secret@x/v1"}, "holds a password"),
         ({"url": "http://gpu.example.org/v1"}, "ssh -L 8000:localhost:8000 gpu.example.org"),
+        ({"url": "http://[::1/v1"}, "set it to where the server listens"),
+        ({"url": "http://localhost:80000/v1"}, "set it to where the server listens"),
+        ({"url": "http://localhost:port/v1"}, "set it to where the server listens"),
+        ({"url": "https://gpu.example.org /v1"}, "set it to where the server listens"),
+        ({"url": "https://x/v1?key=1"}, "leave out what stands behind"),
         ({"ca_file": "/nowhere.pem"}, "is not there"),
+        ({"ca_file": "~nobody-of-that-name/x.pem"}, "is not there"),
+        ({"token_file": "~nobody-of-that-name/token"}, "cannot be read"),
+        ({"environment": {"DEEPSEEK_ENGINE_TOKEN": "gehe\u00efm"}}, "DEEPSEEK_ENGINE_TOKEN holds no token"),
+        ({"environment": {"DEEPSEEK_ENGINE_TOKEN": "a\nb"}}, "DEEPSEEK_ENGINE_TOKEN holds no token"),
         ({"token_file": "/nowhere"}, "cannot be read"),
     ],
 )
@@ -601,7 +722,7 @@ def test_settings_that_cannot_work_say_what_to_change(changes: dict[str, Any], s
         endpoint(**SET | changes)
 
 
-def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
+def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "token"
     file.write_text("abc\n")
     file.chmod(0o600)
@@ -609,8 +730,14 @@ def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
     file.chmod(0o644)
     with pytest.raises(EngineError, match=rf"can be read by others: chmod 600 {file}"):
         endpoint(**SET | {"token_file": str(file)})
-    file.write_text("two words")
+    with monkeypatch.context() as windows:  # which says so of every file
+        windows.setattr(sys, "platform", "win32")
+        assert endpoint(**SET | {"token_file": str(file)}).token == "abc"
+    file.write_text("")
     file.chmod(0o600)
+    with pytest.raises(EngineError, match="is empty"):
+        endpoint(**SET | {"token_file": str(file)})
+    file.write_text("two words")
     with pytest.raises(EngineError, match="holds no token"):
         endpoint(**SET | {"token_file": str(file)})
 
@@ -654,7 +781,7 @@ def test_a_long_event_in_small_pieces_takes_no_longer_than_its_length():
 def test_what_never_ends_is_not_kept(piece: bytes):
     stream = EventStream()
     with pytest.raises(EngineError, match="without end"):
-        for _ in range(MAX_EVENT_BYTES // len(piece) + 2):
+        for _ in range(MAX_BYTES // len(piece) + 2):
             stream.add(piece)
 
 
