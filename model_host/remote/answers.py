@@ -1,5 +1,6 @@
 """What a server's answer says: events found in bytes, and in each of the three forms the text, the end, and log-probabilities."""
 
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,36 +8,56 @@ from typing import Any
 from model_host.errors import EngineError
 from model_host.generation import Cost, Finish, TokenLogprob
 from model_host.remote.questions import NO_TEXT
+from model_host.remote.refusals import MAX_BYTES, WITHOUT_END
 from model_host.stops import StopStrings
 
-MAX_EVENT_BYTES = 8_000_000
+LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class EventStream:
     """Server-sent events, found in bytes wherever those are cut (WHATWG HTML, 9.2.6); only the data of each."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._line = bytearray()
         self._data: list[str] = []
+        self._data_bytes = 0
+        self._is_first = True
+        self._ended_in_cr = False
+        """Whether the last line did, which a line feed may still belong to."""
 
     def add(self, chunk: bytes) -> list[str]:
         """The data of the events that are complete now. A character is decoded once its line is there as a whole."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise EngineError("The server sends a line without end: it does not speak OpenAI's protocol.")
-        events = []
-        for line in lines:
-            text = line.rstrip(b"\r").decode("utf-8", "replace")
-            if text.startswith("data:"):
-                self._data.append(text[5:].removeprefix(" "))
-            elif not text and self._data:
-                events.append("\n".join(self._data))
-                self._data.clear()
+        if not chunk:
+            return []
+        if self._ended_in_cr:
+            chunk = chunk.removeprefix(b"\n")
+        self._ended_in_cr = chunk.endswith(b"\r")
+        events: list[str] = []
+        *ends, begun = LINE_END.split(chunk)
+        for end in ends:
+            self._line += end
+            self._take(self._line.decode("utf-8", "replace"), events)
+            self._line.clear()
+        self._line += begun
+        if len(self._line) + self._data_bytes > MAX_BYTES:
+            raise EngineError(WITHOUT_END)
         return events
+
+    def _take(self, line: str, events: list[str]) -> None:
+        if self._is_first:
+            line, self._is_first = line.removeprefix("\ufeff"), False
+        if line.startswith("data:"):
+            self._data.append(line[5:].removeprefix(" "))
+            self._data_bytes += len(self._line) + 1
+        elif not line and self._data:
+            events.append("\n".join(self._data))
+            self._data.clear()
+            self._data_bytes = 0
 
     def end(self) -> list[str]:
         """An event whose empty line did not come before the end. Half a line is none."""
-        self._rest = b""
+        self._line.clear()
+        self._ended_in_cr = False
         return self.add(b"\n")
 
 
@@ -46,12 +67,16 @@ class Reading:
 
     stops: StopStrings
     started_at: float
+    max_pieces: int
+    """A server that gives more did not heed the request's limit: each has one token at least."""
     ends: StopStrings = field(default_factory=lambda: StopStrings(NO_TEXT))
     sent_at: float = 0.0
     first_at: float = 0.0
     last_at: float = 0.0
     pieces: int = 0
     finish: Finish | None = None
+    is_done: bool = False
+    """Whether the server said that nothing follows."""
     usage: dict[str, Any] = field(default_factory=dict)
     half: str = ""
     """The first half of a character that a server has written as two escapes in two events."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_host.errors import RequestError
-from model_host.generation import Chat, Fim, Request
-from model_host.remote.endpoint import Endpoint
+from model_host.generation import Fim, Request
+from model_host.remote.endpoint import Endpoint, Kind
 from model_host.remote.served import Served
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -28,10 +28,11 @@ CHARS_PER_TOKEN = (3.0, 1.5, 0.75, 0.3)
 these in turn until there is room for it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """A request as the server understands it."""
 
+    kind: Kind
     path: str
     body: dict[str, Any]
     extras: dict[str, Any]
@@ -40,6 +41,23 @@ class Question:
 
 def question(request: Request, where: Endpoint, served: Served, chars_per_token: float = CHARS_PER_TOKEN[0]) -> Question:
     """Raises RequestError when the request cannot be asked there."""
+    body, extras = fields(request, served)
+    prompt = request.prompt
+    if isinstance(prompt, Fim):
+        room = int(max(served.context_tokens - request.max_new_tokens, 0) * chars_per_token)
+        return of_hole(cut(prompt, room), request, where, served, body, extras)
+    body["max_tokens"] = request.max_new_tokens
+    if not prompt.in_template:
+        text = "".join(defused(message.content) for message in prompt.messages)
+        return Question(kind="text", path=f"{where.url}/completions", body=body | begun(text, request, served), extras=extras)
+    body["messages"] = [{"role": message.role, "content": defused(message.content)} for message in prompt.messages]
+    if request.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": request.logprobs}
+    return Question(kind="chat", path=f"{where.url}/chat/completions", body=body, extras=extras)
+
+
+def fields(request: Request, served: Served) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What does not depend on the prompt, and of that what the server may not know. Raises RequestError."""
     sampling = request.sampling
     body: dict[str, Any] = {"model": served.model, "stream": True, "temperature": sampling.temperature}
     extras: dict[str, Any] = {"stream_options": {"include_usage": True}}
@@ -57,30 +75,33 @@ def question(request: Request, where: Endpoint, served: Served, chars_per_token:
             raise RequestError(f"A remote engine takes JSON schemas, not a grammar of the kind {request.grammar.kind}.")
         schema = {"name": "answer", "schema": json.loads(request.grammar.source), "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    if isinstance(request.prompt, Chat):
-        messages = [{"role": message.role, "content": defused(message.content)} for message in request.prompt.messages]
-        body |= {"messages": messages, "max_tokens": request.max_new_tokens}
-        if request.logprobs is not None:
-            body |= {"logprobs": True, "top_logprobs": request.logprobs}
-        return Question(f"{where.url}/chat/completions", body, extras)
-    room = int(max(served.context_tokens - request.max_new_tokens, 0) * chars_per_token)
-    fim = cut(request.prompt, room)
+    return body, extras
+
+
+def of_hole(fim: Fim, request: Request, where: Endpoint, served: Served, body: dict[str, Any], extras: dict[str, Any]) -> Question:
     if where.fim == "infill":
         infill = {"input_prefix": fim.prefix, "input_suffix": fim.suffix, "prompt": fim.middle, "n_predict": request.max_new_tokens}
         others = {"input_extra": [{"filename": "repository", "text": fim.repository}]} if fim.repository else {}
-        return Question(f"{where.url.removesuffix('/v1')}/infill", body | infill | others, {"cache_prompt": True})
+        path = f"{where.url.removesuffix('/v1')}/infill"
+        return Question(kind="hole", path=path, body=body | infill | others, extras={"cache_prompt": True})
     body["max_tokens"] = request.max_new_tokens
-    if request.logprobs is not None:
-        body["logprobs"] = request.logprobs
     if where.fim == "suffix":
-        body |= {"prompt": fim.repository + fim.prefix + fim.middle, "suffix": fim.suffix}
-        return Question(f"{where.url}/completions", body, extras)
-    if served.owner == "vllm":  # it adds BOS where the tokenizer's settings say so, and can be told not to
-        body["add_special_tokens"] = False
-    begin = "" if served.owner in ADDS_BOS else BOS
-    repository, prefix, suffix, middle = map(defused, (fim.repository, fim.prefix, fim.suffix, fim.middle))
-    body["prompt"] = f"{begin}{FIM_BEGIN}{repository}{prefix}{FIM_HOLE}{suffix}{FIM_END}{middle}"
-    return Question(f"{where.url}/completions", body, extras)
+        body |= logprobs_of(request) | {"prompt": fim.repository + fim.prefix + fim.middle, "suffix": fim.suffix}
+    else:
+        repository, prefix, suffix, middle = map(defused, (fim.repository, fim.prefix, fim.suffix, fim.middle))
+        body |= begun(f"{FIM_BEGIN}{repository}{prefix}{FIM_HOLE}{suffix}{FIM_END}{middle}", request, served)
+    return Question(kind="hole", path=f"{where.url}/completions", body=body, extras=extras)
+
+
+def begun(text: str, request: Request, served: Served) -> dict[str, Any]:
+    """The prompt, with the beginning of the sequence where the server does not write it. vLLM does where the tokenizer's settings say so,
+    and can be told not to."""
+    prompt = text if served.owner in ADDS_BOS else BOS + text
+    return logprobs_of(request) | {"prompt": prompt} | ({"add_special_tokens": False} if served.owner == "vllm" else {})
+
+
+def logprobs_of(request: Request) -> dict[str, Any]:
+    return {} if request.logprobs is None else {"logprobs": request.logprobs}
 
 
 def defused(text: str) -> str:

@@ -72,10 +72,12 @@ class Asked:
 
 @dataclass
 class Misbehaving:
-    """Answers /models with `models`, every other request by the next of `script`; the last is repeated."""
+    """Answers /models with `models`, llama-server's /props with `props`, every other request by the next of `script`; the last is
+    repeated."""
 
     script: list[Behaviour] = field(default_factory=lambda: [says(*GOOD)])
     models: Behaviour | None = None
+    props: Behaviour | None = None
     tls: ssl.SSLContext | None = None
     asked: list[Asked] = field(default_factory=list)
     was_left: threading.Event = field(default_factory=threading.Event)
@@ -91,8 +93,15 @@ class Misbehaving:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    async def _end_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._server.close)
@@ -115,6 +124,9 @@ class Misbehaving:
             asked = Asked(method, path, headers, json.loads(body) if body else {})
             if path.endswith("/models"):
                 await (self.models or listing("served"))(writer)
+                return
+            if path == "/props":
+                await (self.props or status(404))(writer)
                 return
             self.asked.append(asked)
             behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]

@@ -2,31 +2,42 @@
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import ssl
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_host.checkpoints import STARTER
 from model_host.errors import EngineClosed, EngineError, RequestError
 from model_host.generation import Chat, Fim, Finish, Grammar, Message, Request, Sampling
 from model_host.remote import engine as remote_engine
-from model_host.remote.answers import MAX_EVENT_BYTES, EventStream
+from model_host.remote.answers import EventStream
 from model_host.remote.endpoint import Endpoint, endpoint
 from model_host.remote.engine import RemoteEngine, connect
 from model_host.remote.questions import BOS, FIM_BEGIN, NO_TEXT, Question, question
+from model_host.remote.refusals import MAX_BYTES, asked_to_wait_s, unreachable
 from model_host.remote.served import Served, inspect
 from tests.model_host.misbehaving import (
     GOOD,
+    HEAD,
     Behaviour,
     Misbehaving,
     event,
@@ -149,7 +160,7 @@ def test_only_a_schema_constrains_an_answer_there():
 
 async def test_cancelling_closes_the_connection_so_that_the_server_stops(open_engine: Any):
     engine, server = open_engine(speaks_forever)
-    generation = engine.submit(HOLE)
+    generation = engine.submit(replace(HOLE, max_new_tokens=9999))
     async for _ in generation:
         break
     generation.cancel()
@@ -159,19 +170,58 @@ async def test_cancelling_closes_the_connection_so_that_the_server_stops(open_en
     assert await asyncio.to_thread(server.was_left.wait, 2.0)
 
 
-async def test_cancelling_works_before_a_word_has_come_and_between_attempts(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
-    engine, server = open_engine(says(5.0), timeout_s=30.0, stall_s=30.0)
+@pytest.mark.parametrize("behaviour", [says(9.0), says(9.0, head=b""), says(b": ping\n\n", 9.0)], ids=["headers", "nothing", "a comment"])
+async def test_cancelling_works_before_a_word_has_come(open_engine: Any, behaviour: Behaviour):
+    engine, server = open_engine(behaviour, timeout_s=30.0, stall_s=30.0)
     generation = engine.submit(HOLE)
     await asyncio.sleep(0.1)
     generation.cancel()
     assert (await generation.finished()).finish is Finish.CANCELLED
     assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_cancelling_works_between_attempts(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(remote_engine, "BACKOFF_S", 8.0)
     engine, server = open_engine(status(503))
     generation = engine.submit(HOLE)
     await asyncio.sleep(0.1)
     generation.cancel()
     assert (await generation.finished()).finish is Finish.CANCELLED and len(server.asked) == 1
+
+
+async def test_cancelling_within_a_tls_handshake_closes_the_connection(open_engine: Any):
+    engine, server = open_engine()
+    engine._where = replace(engine._where, url=server.url.replace("http", "https"))  # it waits for words that are not encrypted
+    generation = engine.submit(HOLE)
+    await asyncio.sleep(0.2)
+    generation.cancel()
+    assert (await generation.finished()).finish is Finish.CANCELLED
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_an_engine_that_waits_for_its_server_does_nothing_until_it_is_cancelled(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
+    engine, _ = open_engine(says(9.0), timeout_s=30.0)
+    generation = engine.submit(HOLE)
+    await asyncio.sleep(0.2)
+    timers: list[float] = []
+    call_at = engine._loop.call_at
+    monkeypatch.setattr(engine._loop, "call_at", lambda when, *rest, **more: timers.append(when) or call_at(when, *rest, **more))
+    await asyncio.sleep(0.3)
+    assert timers == []
+    generation.cancel()
+    assert (await generation.finished()).finish is Finish.CANCELLED
+
+
+async def test_a_request_that_is_cancelled_or_closed_as_soon_as_it_is_made_ends(open_engine: Any):
+    engine, _ = open_engine(says(9.0))
+    generation = engine.submit(HOLE)
+    generation.cancel()
+    assert (await asyncio.wait_for(generation.finished(), 5)).finish is Finish.CANCELLED
+    generation = engine.submit(HOLE)
+    engine.close()
+    with pytest.raises(EngineClosed):
+        await asyncio.wait_for(generation.finished(), 5)
+    generation.cancel()
 
 
 @pytest.mark.parametrize(
@@ -278,6 +328,97 @@ async def test_a_way_to_ask_for_holes_that_the_server_lacks_is_named(open_engine
         assert "remote.fim" not in str(told.value), "questions have nothing to do with it"
 
 
+QUESTION = Request(prompt=Chat(messages=(Message(role="user", content="explain"),)), max_new_tokens=9)
+NO_TEMPLATE = """As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template if the \
+tokenizer does not define one."""
+
+
+@pytest.mark.parametrize(
+    ("refuses", "said"),
+    [
+        (status(400, json.dumps({"error": {"message": NO_TEMPLATE, "code": 400}})), "has no chat template for its model (400)"),
+        (
+            status(500, json.dumps({"object": "error", "message": "tokenizer.chat_template is not set"})),
+            "has no chat template for its model (500)",
+        ),
+        (status(404, '{"detail": "Not Found"}'), "has no /chat/completions (404)"),
+        (status(501, '{"error": {"message": "not supported"}}'), "has no /chat/completions (501)"),
+    ],
+    ids=["vLLM", "SGLang", "no such address", "not made"],
+)
+async def test_a_server_that_cannot_converse_says_so_once_and_is_asked_by_example_from_then_on(
+    open_engine: Any, refuses: Behaviour, said: str
+):
+    engine, server = open_engine(refuses, says(*GOOD))
+    assert engine.facts.without_chat is None
+    with pytest.raises(RequestError) as told:
+        await text_of(engine, QUESTION)
+    assert said in str(told.value) and str(told.value).endswith("Ask again.") and len(server.asked) == 1
+    assert engine.facts.without_chat and said in engine.facts.without_chat and "asked by example" in engine.facts.without_chat
+    by_example = replace(QUESTION, prompt=Chat(messages=(Message(role="user", content="### Request\n<｜User｜>"),), in_template=False))
+    assert await text_of(engine, by_example) == await text_of(engine) == "a = 1\n"
+    assert [asked.path for asked in server.asked[1:]] == ["/v1/completions"] * 2
+    assert server.asked[1].body["prompt"] == f"{BOS}### Request\n<|User|>"
+
+
+async def test_what_does_not_say_that_a_server_cannot_converse_leaves_questions_as_they_are(open_engine: Any):
+    for refuses, models in (
+        (status(404, '{"error": {"message": "The model `served` does not exist."}}'), None),
+        (status(404, '{"detail": "Not Found"}'), status(500)),  # the whole address may be wrong
+        (status(400, '{"error": {"message": "seed: Input should be less than 9"}}'), None),
+    ):
+        engine, _ = open_engine(refuses, models=models, model="served")
+        with pytest.raises(EngineError):
+            await text_of(engine, QUESTION)
+        assert engine.facts.without_chat is None
+
+
+async def test_a_server_that_fails_at_a_question_without_a_word_may_lack_a_template(open_engine: Any):
+    engine, _ = open_engine(status(500, "Internal Server Error"))  # transformers serve
+    with pytest.raises(
+        EngineError, match=r"failed on this question \(500\): see the server's own log; where that says .* Instruct or Chat\."
+    ):
+        await text_of(engine, QUESTION)
+
+
+def test_whether_a_release_converses_is_known_by_its_name(open_engine: Any):
+    base = "never learned to converse, so actions are asked by example"
+    for name, more in (
+        ("coder", {"root": "deepseek-ai/DeepSeek-Coder-V2-Lite-Base"}),
+        ("/models/DeepSeek-Coder-V2-Lite-Base.Q4_K_M.gguf", {}),
+        ("bartowski/DeepSeek-Coder-V2-Lite-Base-GGUF:Q6_K", {}),
+    ):
+        engine, server = open_engine(models=listing(name, **more))
+        assert engine.facts.without_chat and base in engine.facts.without_chat and engine.facts.without_fim is None
+        assert base in inspect(Endpoint(url=server.url)).facts["questions"]
+    tuned, _ = open_engine(models=listing("coder", root="/models/DeepSeek-V2-Chat-AWQ"))
+    assert tuned.facts.without_chat is None and "was not trained to fill in" in tuned.facts.without_fim
+
+
+def test_a_template_that_llama_server_makes_up_is_none(open_engine: Any):
+    made_up = """{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}"""
+    for template, expected in ((made_up, True), ("{{ bos_token }}", False)):
+        server = Misbehaving(models=listing("mine.gguf", owned_by="llamacpp"), props=status(200, json.dumps({"chat_template": template})))
+        with server:
+            engine = connect(Endpoint(url=server.url, timeout_s=2.0))
+            without = engine.facts.without_chat
+            engine.close()
+        assert ("writes ChatML, so actions are asked by example" in (without or "")) is expected
+
+
+def test_doctor_asks_a_server_whether_it_converses(open_engine: Any):
+    engine, server = open_engine(status(400, json.dumps({"message": NO_TEMPLATE})))
+    assert "has no chat template for its model" in inspect(engine._where).facts["questions"]
+    server.script[:] = [says(*GOOD)]
+    assert inspect(engine._where).facts["questions"] == "answered"
+    assert {(asked.path, asked.body["max_tokens"]) for asked in server.asked} == {("/v1/chat/completions", 1)}
+
+
 async def test_characters_cut_in_half_come_out_whole(open_engine: Any):
     raw = b'data: {"choices": [{"text": "\xc3\xa9 \xf0\x9f\x99\x82"}]}\n\n'
     pairs = [b'data: {"choices": [{"text": "\\ud83d"}]}\n\n', b'data: {"choices": [{"text": "\\ude00!"}]}\n\n']
@@ -372,7 +513,7 @@ async def test_log_probabilities_come_in_both_spellings(open_engine: Any):
 
 async def test_a_closed_engine_ends_what_runs_and_takes_nothing_more(open_engine: Any):
     engine, _ = open_engine(speaks_forever)
-    generation = engine.submit(HOLE)
+    generation = engine.submit(replace(HOLE, max_new_tokens=9999))
     async for _ in generation:
         break
     await asyncio.to_thread(engine.close)
@@ -407,6 +548,9 @@ def test_connecting_learns_what_is_served(open_engine: Any):
         (status(404), "", "does not list what it serves (404): set remote.model, and check remote.url, which ends in /v1."),
         (status(200, "<html>"), "", "does not list what it serves"),
         (hangs_up, "", "was lost"),
+        (status(308, headers="Location: https://elsewhere/v1/models\r\n"), "", "sends elsewhere (308), which is not followed"),
+        (status(503, '{"error": {"message": "Loading model"}}'), "", "cannot answer now (503: Loading model): it may still be loading"),
+        (status(200, "[" * 100_000), "", "does not list what it serves"),
     ],
 )
 def test_connecting_to_the_wrong_thing_says_what_is_wrong(models: Behaviour, model: str, said: str):
@@ -436,6 +580,108 @@ def test_a_certificate_that_nobody_signed_is_refused_and_trusted_once_named(tmp_
         connect(Endpoint(url=server.url, ca_file=str(tmp_path / "cert.pem"))).close()
 
 
+def test_a_certificate_for_another_name_is_no_matter_of_trust(tmp_path: Path):
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl to make a certificate with")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=x -addext"
+    subprocess.run([*command.split(), "subjectAltName=DNS:elsewhere.example"], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with (
+        Misbehaving(tls=context) as server,
+        pytest.raises(EngineError, match=r"is for another name .*: set remote.url to the name that it"),
+    ):
+        connect(Endpoint(url=server.url, ca_file=str(tmp_path / "cert.pem")))
+
+
+def test_a_certificate_that_has_run_out_is_no_matter_of_trust():
+    error = httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired (_ssl.c:1006)")
+    assert "is out of date" in unreachable(Endpoint(url="https://x/v1"), error)
+
+
+def test_a_server_without_tls_is_told_from_one_that_is_not_there():
+    with (
+        Misbehaving() as server,
+        pytest.raises(EngineError, match=r"does not speak TLS here .*: correct remote.url, which may have to begin"),
+    ):
+        connect(Endpoint(url=server.url.replace("http", "https")))
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "least_s", "most_s"),
+    [
+        ("3", 3, 3),
+        ("0", 0, 0),
+        ("9" * 400, math.inf, math.inf),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 1e9, 1e12),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 -0000", 0, 0),
+        ("\xb2", 0, 0),
+        ("-5", 0, 0),
+        ("soon", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_how_long_a_server_asks_to_be_left_alone(asked_for: str, least_s: float, most_s: float):
+    assert least_s <= asked_to_wait_s(asked_for) <= most_s
+
+
+async def test_a_server_that_asks_to_be_left_alone_until_tomorrow_is(open_engine: Any):
+    tomorrow = format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)
+    engine, server = open_engine(status(429, headers=f"Retry-After: {tomorrow}\r\n"))
+    with pytest.raises(EngineError, match="too much to do"):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+async def test_a_server_that_asks_to_be_asked_again_at_once_is_asked_no_faster_than_others(
+    open_engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote_engine, "BACKOFF_S", 0.2)
+    engine, _ = open_engine(status(503, headers="Retry-After: 0\r\n"), says(*GOOD))
+    started = time.monotonic()
+    assert await text_of(engine) == "a = 1\n" and time.monotonic() - started >= 0.1
+
+
+async def test_what_is_not_encrypted_goes_to_no_proxy(open_engine: Any, monkeypatch: pytest.MonkeyPatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Misbehaving() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        engine, server = open_engine()
+        assert await text_of(engine) == "a = 1\n"
+        assert len(server.asked) == 1 and proxy.asked == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x", "http://proxy:port"])
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, proxy: str):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(EngineError, match=r"The proxy .* is of no use for gpu.example.org .*: correct HTTPS_PROXY .*, or name"):
+        connect(Endpoint(url="https://gpu.example.org/v1"))
+
+
+async def test_half_a_character_in_the_users_text_does_not_keep_it_from_being_asked(open_engine: Any):
+    engine, server = open_engine()
+    assert await text_of(engine, Request(prompt=Fim(prefix="a\ud83d", suffix=""), max_new_tokens=8)) == "a = 1\n"
+    assert "a?<" in server.asked[0].body["prompt"]
+
+
+async def test_what_a_server_says_is_fit_for_a_terminal(open_engine: Any):
+    engine, _ = open_engine(status(400, json.dumps({"message": "\x1b[2Jgone\ud800"})), models=listing("\x1b]0;x\x07"))
+    with pytest.raises(RequestError) as told:
+        await text_of(engine)
+    assert "\ufffd[2Jgone\ufffd" in str(told.value) and engine.facts.checkpoint.isprintable()
+
+
+def test_a_list_of_models_that_drips_is_given_up():
+    drip: list[bytes | float] = [b" ", 0.1] * 100
+    with Misbehaving(models=says(*drip)) as server, pytest.raises(EngineError, match=r"did not answer within 0.5 s"):
+        connect(Endpoint(url=server.url, timeout_s=0.5))
+    with Misbehaving(models=says(*[b"x" * 100_000] * 200)) as server, pytest.raises(EngineError, match="answer without end"):
+        connect(Endpoint(url=server.url))
+
+
 SET: dict[str, Any] = {
     "url": "https://gpu.example.org/v1/", "model": "", "fim": "tokens", "token_file": "", "ca_file": "", "plain_http": False,
     "timeout_s": 1.0, "stall_s": 1.0, "environment": {},
@@ -447,6 +693,8 @@ def test_settings_become_an_endpoint():
     assert endpoint(**SET | {"environment": {"DEEPSEEK_ENGINE_TOKEN": "t"}}).token == "t"
     assert endpoint(**SET | {"url": "http://localhost:8000/v1"}).host == "localhost:8000"
     assert endpoint(**SET | {"url": "http://gpu:8000/v1", "plain_http": True}).url == "http://gpu:8000/v1"
+    assert endpoint(**SET | {"url": " https://[2001:db8::1]:8000/v1/\n"}).host == "[2001:db8::1]:8000"
+    assert endpoint(**SET | {"url": "http://[::1]:8000/models/v1"}).url == "http://[::1]:8000/models/v1"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +704,16 @@ def test_settings_become_an_endpoint():
         ({"url": "ftp://x"}, "set it to where the server listens"),
         ({"url": "https://me:secret@x/v1"}, "holds a password"),
         ({"url": "http://gpu.example.org/v1"}, "ssh -L 8000:localhost:8000 gpu.example.org"),
+        ({"url": "http://[::1/v1"}, "set it to where the server listens"),
+        ({"url": "http://localhost:80000/v1"}, "set it to where the server listens"),
+        ({"url": "http://localhost:port/v1"}, "set it to where the server listens"),
+        ({"url": "https://gpu.example.org /v1"}, "set it to where the server listens"),
+        ({"url": "https://x/v1?key=1"}, "leave out what stands behind"),
         ({"ca_file": "/nowhere.pem"}, "is not there"),
+        ({"ca_file": "~nobody-of-that-name/x.pem"}, "is not there"),
+        ({"token_file": "~nobody-of-that-name/token"}, "cannot be read"),
+        ({"environment": {"DEEPSEEK_ENGINE_TOKEN": "gehe\u00efm"}}, "DEEPSEEK_ENGINE_TOKEN holds no token"),
+        ({"environment": {"DEEPSEEK_ENGINE_TOKEN": "a\nb"}}, "DEEPSEEK_ENGINE_TOKEN holds no token"),
         ({"token_file": "/nowhere"}, "cannot be read"),
     ],
 )
@@ -465,7 +722,7 @@ def test_settings_that_cannot_work_say_what_to_change(changes: dict[str, Any], s
         endpoint(**SET | changes)
 
 
-def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
+def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "token"
     file.write_text("abc\n")
     file.chmod(0o600)
@@ -473,21 +730,162 @@ def test_a_token_lies_in_a_file_that_only_its_owner_reads(tmp_path: Path):
     file.chmod(0o644)
     with pytest.raises(EngineError, match=rf"can be read by others: chmod 600 {file}"):
         endpoint(**SET | {"token_file": str(file)})
-    file.write_text("two words")
+    with monkeypatch.context() as windows:  # which says so of every file
+        windows.setattr(sys, "platform", "win32")
+        assert endpoint(**SET | {"token_file": str(file)}).token == "abc"
+    file.write_text("")
     file.chmod(0o600)
+    with pytest.raises(EngineError, match="is empty"):
+        endpoint(**SET | {"token_file": str(file)})
+    file.write_text("two words")
     with pytest.raises(EngineError, match="holds no token"):
         endpoint(**SET | {"token_file": str(file)})
 
 
-def test_events_are_found_wherever_they_are_cut():
-    raw = ": ping\r\n\r\ndata: a\r\ndata:b\r\n\r\nevent: x\ndata: é\n\ndata: end\ndata: hal".encode()
-    for size in (1, 2, 3, 7, len(raw)):
-        stream, found = EventStream(), []
-        for start in range(0, len(raw), size):
-            found += stream.add(raw[start : start + size])
-        assert [*found, *stream.end()] == ["a\nb", "é", "end"]
+LINE = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=20)
+WRITTEN_LINES = st.one_of(
+    st.tuples(st.sampled_from(["data: ", "data:"]), LINE.filter(lambda text: not text.startswith(" "))),
+    st.tuples(st.sampled_from([": ", ":", "event: ", "id:", "retry: ", "database: "]), LINE),
+)
+
+
+@given(
+    events=st.lists(st.lists(WRITTEN_LINES, min_size=1, max_size=4), max_size=5),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
+    begin=st.sampled_from(["", "\ufeff"]),
+    data=st.data(),
+)
+def test_events_are_found_wherever_they_are_cut(events: list[list[tuple[str, str]]], end: str, begin: str, data: st.DataObject):
+    raw = (begin + "".join("".join(name + text + end for name, text in event) + end for event in events)).encode()
+    of_data = [[text for name, text in event if name.startswith("data:")] for event in events]
+    cuts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw)), max_size=30))})
+    stream, found = EventStream(), []
+    for start, stop in pairwise(cuts):
+        found += stream.add(raw[start:stop])
+    assert [*found, *stream.end()] == ["\n".join(lines) for lines in of_data if lines]
+
+
+def test_an_event_that_is_not_closed_counts_and_half_a_line_does_not():
+    stream = EventStream()
+    assert stream.add(b"data: a\r\ndata:b\r\n\r\ndata: end\ndata: hal") == ["a\nb"] and stream.end() == ["end"]
+
+
+def test_a_long_event_in_small_pieces_takes_no_longer_than_its_length():
+    stream, started = EventStream(), time.monotonic()
+    for _ in range(200_000):
+        assert stream.add(b"data: " + b"x" * 24) == []
+    assert len(stream.add(b"\n\n")[0]) == 200_000 * 30 - 6 and time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: x\n" * 100], ids=["a line", "lines of one event"])
+def test_what_never_ends_is_not_kept(piece: bytes):
+    stream = EventStream()
     with pytest.raises(EngineError, match="without end"):
-        EventStream().add(b"x" * (MAX_EVENT_BYTES + 1))
+        for _ in range(MAX_BYTES // len(piece) + 2):
+            stream.add(piece)
+
+
+async def test_a_server_that_only_keeps_the_connection_alive_is_given_up(open_engine: Any):
+    pings: list[bytes | float] = [b": ping\n\n", 0.05] * 100
+    engine, server = open_engine(says(*pings), timeout_s=0.5)
+    with pytest.raises(EngineError, match=r"did not answer within 0.5 s"):
+        await text_of(engine)
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+    engine, _ = open_engine(says(event("a"), *pings))
+    with pytest.raises(EngineError, match=r"fell silent for 0.3 s"):
+        await text_of(engine)
+
+
+async def test_a_server_that_says_early_that_it_is_there_has_as_long_for_its_first_word(open_engine: Any):
+    role = b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n'
+    for sign in (b": ping\n\n", role):
+        engine, _ = open_engine(says(sign, 0.7, *GOOD), timeout_s=2.0, stall_s=0.3)
+        assert await text_of(engine) == "a = 1\n"
+
+
+async def test_an_answer_that_has_ended_is_not_waited_for_as_long_as_a_word(open_engine: Any):
+    for last in ([event("b", "stop")], [event("b"), b"data: [DONE]\n\n"]):
+        engine, _ = open_engine(says(*last, 9.0), stall_s=9.0)
+        started = time.monotonic()
+        assert await text_of(engine) == "b" and time.monotonic() - started < 4
+
+
+async def test_an_answer_whose_end_has_no_reason_is_an_answer(open_engine: Any):
+    engine, server = open_engine(says(event("a"), event("b"), b"data: [DONE]\n\n"))
+    assert await text_of(engine) == "ab"
+    whole = json.dumps({"choices": [{"text": "all", "finish_reason": None}], "error": None})
+    server.script[:] = [status(200, whole, "Content-Type: application/json\r\n")]
+    assert await text_of(engine) == "all"
+
+
+async def test_an_event_that_says_that_there_is_no_error_is_none(open_engine: Any):
+    engine, _ = open_engine(says(event("a", error=None), event("", "stop", error=None)))
+    assert await text_of(engine) == "a"
+
+
+async def test_a_server_that_does_not_heed_the_limit_is_left_at_it(open_engine: Any):
+    engine, server = open_engine(speaks_forever)
+    generation = engine.submit(HOLE)
+    assert "".join([piece async for piece in generation]) == "x" * 8
+    assert generation.cost and (generation.cost.finish, generation.cost.new_tokens) == (Finish.LENGTH, 8)
+    assert await asyncio.to_thread(server.was_left.wait, 2.0)
+
+
+async def test_a_web_page_is_not_taken_for_an_answer(open_engine: Any):
+    engine, server = open_engine(status(200, "<html>Sign in</html>", "Content-Type: text/html; charset=utf-8\r\n"))
+    with pytest.raises(EngineError, match=r"answers with a web page: check remote.url, which ends in /v1\."):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("head", ["200 OK\r\nContent-Type: application/json", "500 X", "200 OK\r\nContent-Type: text/event-stream"])
+async def test_an_answer_without_end_is_given_up(open_engine: Any, head: str):
+    flood = says(*[b"x" * 100_000] * 200, 9.0, head=f"HTTP/1.1 {head}\r\n\r\n".encode())
+    engine, server = open_engine(flood, timeout_s=30.0, stall_s=30.0)
+    with pytest.raises(EngineError, match="answer without end"):
+        await text_of(engine)
+    assert len(server.asked) == 1
+
+
+async def test_nonsense_that_is_nested_too_deeply_is_nonsense(open_engine: Any):
+    deep = b"[" * 100_000
+    engine, server = open_engine(says(b"data: " + deep + b"\n\n"))
+    with pytest.raises(EngineError, match="not JSON"):
+        await text_of(engine)
+    server.script[:] = [status(403, deep.decode())]
+    with pytest.raises(EngineError, match="refuses the token"):
+        await text_of(engine)
+
+
+async def test_a_compressed_stream_is_read_as_it_comes(open_engine: Any):
+    packing = zlib.compressobj(wbits=31)
+    parts = [packing.compress(part) + packing.flush(zlib.Z_SYNC_FLUSH) for part in GOOD]
+    engine, _ = open_engine(says(parts[0], 9.0, *parts[1:], head=HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n"), stall_s=9.0)
+    async for piece in engine.submit(HOLE):
+        assert piece == "a ="
+        break
+
+
+async def test_answers_that_were_read_to_their_end_share_a_connection(open_engine: Any):
+    engine, _ = open_engine()
+    opened: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        writer.transport.set_write_buffer_limits(0)
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = next(int(line.split()[1]) for line in head.decode().lower().split("\r\n") if line.startswith("content-length"))
+            await reader.readexactly(length)
+            writer.write(HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked"))
+            for part in [*GOOD, b""]:
+                writer.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+                await asyncio.sleep(0.005)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    engine._where = replace(engine._where, url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+    assert [await text_of(engine) for _ in range(3)] == ["a = 1\n"] * 3 and len(opened) == 1
+    opened[0].close()
+    server.close()
 
 
 @pytest.fixture
