@@ -121,7 +121,8 @@ class RankedModel:
         wire = self._ranks.wire
         assert wire is not None
         try:
-            yield wire
+            with self._ranks.watched():
+                yield wire
         except BaseException as error:
             self.own.work_with(None)
             if isinstance(error, ConnectionLost) or wire.is_lost:
@@ -164,7 +165,7 @@ class RankedPool(LatentPool):
         self._written.update(pages)
         if (wire := self._ranks.wire) is not None:
             try:
-                with suppress(ConnectionLost):
+                with self._ranks.watched(), suppress(ConnectionLost):
                     self._give(pages)
             except BaseException:
                 wire.lose()  # the others wait for what was not given
@@ -181,7 +182,7 @@ class RankedPool(LatentPool):
 
     def _tell(self, command: Copy | Shift) -> None:
         if self._ranks.is_running:
-            with suppress(ConnectionLost):
+            with self._ranks.watched(), suppress(ConnectionLost):
                 self._ranks.tell(command)
 
     def _give(self, pages: list[int]) -> None:
