@@ -17,7 +17,7 @@ from model_host.eager import TRIED_CONTEXT, EagerModel
 from model_host.experts import Spread
 from model_host.gpu.model import GpuModel
 from model_host.hot import HotExperts
-from model_host.latents import LatentPool, LayeredPool
+from model_host.latents import LatentPool, LayeredPool, few
 from model_host.models.deepseek_v2 import Model, Together
 from model_host.orders import Begin, Fill
 from model_host.pages import PAGE_TOKENS, pages_for
@@ -26,8 +26,6 @@ from model_host.wire import ConnectionLost, Wire
 
 PREPARED_PAGES = pages_for(TRIED_CONTEXT)
 """What making ready for steps may write over."""
-GIVEN_PAGES = 256
-"""At a time, to other ranks: 128 MB of Coder-V2-Lite."""
 
 
 def stepping(model: Model, *, is_whole: bool = True) -> GpuModel | EagerModel:
@@ -186,8 +184,7 @@ class RankedPool(LatentPool):
                 self._ranks.tell(command)
 
     def _give(self, pages: list[int]) -> None:
-        for start in range(0, len(pages), GIVEN_PAGES):
-            some = pages[start : start + GIVEN_PAGES]
+        for some, _ in few(pages):
             self._ranks.tell(Fill(tuple(some)))
             assert self._ranks.wire is not None
             for part in self.of_pages(some):
