@@ -128,6 +128,10 @@ class RankedModel:
             self._ranks.close()
             raise
 
+    def stop(self) -> None:
+        """Ends the other ranks' processes, from any thread: a step that waits for them raises RankLost, and so do all after it."""
+        self._ranks.stop()
+
     def close(self) -> None:
         """Ends the other ranks' processes."""
         self.own.work_with(None)

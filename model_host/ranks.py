@@ -37,6 +37,7 @@ LOOKS = 20
 """So often is that looked at meanwhile."""
 AGAIN = "If that happens again, the system's log (dmesg) may tell of a device that fails; the setting device leaves it out."
 ANEW = "All of them are started anew with the next request."
+OVER = "The model's processes were shut down."
 LOST = 3
 """Exit status of a worker whose connection to the others broke: most likely no failure of its own."""
 
@@ -66,8 +67,10 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             try:
-                said: dict[str, Any] = json.loads(line)
+                said: Any = json.loads(line)
             except ValueError:
+                said = None
+            if not isinstance(said, dict):
                 continue  # a library's own words
             self.said_at = time.monotonic()
             self.share = float(said.get("share", self.share))
@@ -138,6 +141,7 @@ class Ranks:
         self._is_watched = False
         self._reason = ""
         """Why the workers were ended, where they did not end by themselves."""
+        self._is_over = False
 
     @property
     def weight_bytes(self) -> int:
@@ -154,20 +158,28 @@ class Ranks:
         self._progress, self._own_share, self._told, self._reason = progress, 0.0, 0.0, ""
         for rank, post in enumerate(self._posts, start=1):
             try:
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "model_host.worker"],  # -P: never code from the folder that an editor was started in
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
+                worker = self._started(rank, post.device)
             except OSError as error:
                 self.close()
                 raise CheckpointError(f"The model's process of rank {rank} on {post.device} could not start: {error}.") from error
-            worker = Worker(rank, post.device, process)
-            self._workers.append(worker)
             threading.Thread(target=worker.listen, args=(self._heard,), daemon=True).start()
             with suppress(ConnectionLost):  # it has something to say about that
                 worker.say(self._orders(rank, post).written())  # and stdin is left open: a worker ends when this end of the pipe does
+
+    def _started(self, rank: int, device: str) -> Worker:
+        with self._news:
+            if self._is_over:
+                raise CheckpointError(OVER)
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "model_host.worker"],  # -P: never code from the folder that an editor was started in
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C in a terminal, which stops an answer, is not for them
+            )
+            self._workers.append(Worker(rank, device, process))
+            return self._workers[-1]
 
     def _orders(self, rank: int, post: Post) -> Orders:
         assert self._meeting is not None
@@ -317,6 +329,9 @@ class Ranks:
             self.join()
         except CheckpointError as error:
             raise RankLost(f"{error}\n{ANEW}") from error
+        finally:
+            if not self.is_running:
+                self.close()
 
     def _end(self, how: str) -> str:
         """Ends the workers, and says who of them was the cause of that and why; nothing if none was."""
@@ -341,6 +356,13 @@ class Ranks:
     @property
     def _is_all_gone(self) -> bool:
         return all(worker.is_gone for worker in self._workers)
+
+    def stop(self) -> None:
+        """Ends the workers for good, from any thread: their deaths are noticed as any other."""
+        with self._news:
+            self._is_over, self._reason = True, OVER
+            for worker in self._workers:
+                worker.process.kill()
 
     def close(self) -> None:
         """Ends the workers. Harmless when there are none. Graphs that sums were captured in have to be gone by now."""

@@ -28,7 +28,7 @@ from model_host.devices import Device
 from model_host.divided import RankedModel
 from model_host.eager import TRIED_CONTEXT
 from model_host.engine import Disk, LocalEngine, load_engine
-from model_host.errors import CheckpointError, RankLost
+from model_host.errors import CheckpointError, EngineClosed, RankLost
 from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.latents import LatentPool
@@ -331,6 +331,40 @@ def test_the_death_of_one_rank_is_told_where_another_one_hangs(one_folder: Path,
     assert not model._ranks.is_running
 
 
+@pytest.mark.parametrize("when", ["in a step", "while they are started anew"])
+async def test_an_engine_is_closed_at_once_even_where_it_waits_for_a_rank(
+    when: str, on_cards: Callable[[tuple[Device, ...]], None], monkeypatch: pytest.MonkeyPatch
+):
+    on_cards(cards(2, 0.7))
+    engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch")
+    try:
+        model = engine._runner.model
+        assert isinstance(model, RankedModel)
+        others = model._ranks
+        if when == "while they are started anew":
+            os.kill(pid_of(model, 1), signal.SIGKILL)
+            with pytest.raises(RankLost, match="ended by signal 9"):
+                await engine.submit(FIRST).finished()
+            start = subprocess.Popen
+            monkeypatch.setattr(
+                ranks.subprocess, "Popen", lambda command, **more: start([*command[:2], "-c", "import time; time.sleep(1000)"], **more)
+            )
+        else:
+            os.kill(pid_of(model, 1), signal.SIGSTOP)
+        generation = engine.submit(FIRST)
+        while not (others._is_watched or (others._workers and not others.is_running)):
+            await asyncio.sleep(0.1)
+        [process] = [worker.process for worker in others._workers]
+    finally:
+        closed = time.monotonic()
+        await asyncio.to_thread(engine.close)
+    assert time.monotonic() - closed < 10
+    engine.close()  # harmless
+    with pytest.raises(EngineClosed):
+        await generation.finished()
+    assert process.poll() == -signal.SIGKILL
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_rank_that_cannot_even_be_killed_is_left_behind(
     one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
@@ -408,6 +442,29 @@ def test_a_rank_that_dies_again_while_it_is_started_anew_spoils_nothing(
     assert torch.allclose(model.forward(following, pool), wanted, atol=1e-5)
 
 
+def test_ranks_that_were_started_anew_in_vain_are_not_left_behind(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(64)
+    model.prepare(pool)
+    step = Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,))
+    wanted = model.forward(step, pool)
+    os.kill(pid_of(model, 1), signal.SIGKILL)
+    with pytest.raises(RankLost, match="ended by signal 9"):
+        model.forward(step, pool)
+
+    def no_room() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model._ranks, "join", no_room)
+        with pytest.raises(MemoryError):
+            model.forward(step, pool)
+    assert not model._ranks._workers
+    assert torch.allclose(model.forward(step, pool), wanted, atol=1e-5)
+
+
 def test_ranks_that_were_given_half_are_started_anew(one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch):
     """The others wait for what rank 0 cannot give."""
     model = ranked(one_folder, "float32", 2)
@@ -467,6 +524,28 @@ def test_code_in_the_folder_that_an_editor_was_started_in_is_run_by_no_rank(
     monkeypatch.chdir(tmp_path)
     ranked(one_folder, "float32", 2)
     assert not (tmp_path / "run").exists()
+
+
+BABBLING = """
+import os
+os.write(1, b"3\\n[]\\nnull\\n\\xff\\n" + b"loading a library\\n" * 100_000)
+os._exit(7)
+"""
+
+
+def test_a_rank_whose_libraries_babble_on_stdout_is_heard_all_the_same(other: Ranks, monkeypatch: pytest.MonkeyPatch):
+    start = subprocess.Popen
+    monkeypatch.setattr(ranks.subprocess, "Popen", lambda command, **more: start([*command[:2], "-c", BABBLING], **more))
+    monkeypatch.setattr(ranks, "SILENCE_S", 20.0)
+    other.start(quiet)
+    with pytest.raises(CheckpointError, match="rank 1 on cpu could not start: it ended with status 7"):
+        other.join()
+
+
+def test_an_interrupt_from_the_terminal_is_for_rank_0_alone(other: Ranks):
+    """It stops an answer there; the terminal gives it to every process of the foreground."""
+    other.start(quiet)
+    assert os.getpgid(other._workers[0].process.pid) != os.getpgid(0)
 
 
 def test_rank_0_need_not_go_on_reading_when_another_one_has_died(other: Ranks, one_folder: Path):
