@@ -17,7 +17,7 @@ from model_host.eager import TRIED_CONTEXT, EagerModel
 from model_host.experts import Spread
 from model_host.gpu.model import GpuModel
 from model_host.hot import HotExperts
-from model_host.latents import LatentPool, LayeredPool
+from model_host.latents import LatentPool, LayeredPool, few
 from model_host.models.deepseek_v2 import Model, Together
 from model_host.orders import Begin, Fill
 from model_host.pages import PAGE_TOKENS, pages_for
@@ -26,8 +26,6 @@ from model_host.wire import ConnectionLost, Wire
 
 PREPARED_PAGES = pages_for(TRIED_CONTEXT)
 """What making ready for steps may write over."""
-GIVEN_PAGES = 256
-"""At a time, to other ranks: 128 MB of Coder-V2-Lite."""
 
 
 def stepping(model: Model, *, is_whole: bool = True) -> GpuModel | EagerModel:
@@ -121,13 +119,18 @@ class RankedModel:
         wire = self._ranks.wire
         assert wire is not None
         try:
-            yield wire
+            with self._ranks.watched():
+                yield wire
         except BaseException as error:
             self.own.work_with(None)
             if isinstance(error, ConnectionLost) or wire.is_lost:
                 raise self._ranks.failed(error) from error
             self._ranks.close()
             raise
+
+    def stop(self) -> None:
+        """Ends the other ranks' processes, from any thread: a step that waits for them raises RankLost, and so do all after it."""
+        self._ranks.stop()
 
     def close(self) -> None:
         """Ends the other ranks' processes."""
@@ -164,7 +167,7 @@ class RankedPool(LatentPool):
         self._written.update(pages)
         if (wire := self._ranks.wire) is not None:
             try:
-                with suppress(ConnectionLost):
+                with self._ranks.watched(), suppress(ConnectionLost):
                     self._give(pages)
             except BaseException:
                 wire.lose()  # the others wait for what was not given
@@ -181,12 +184,11 @@ class RankedPool(LatentPool):
 
     def _tell(self, command: Copy | Shift) -> None:
         if self._ranks.is_running:
-            with suppress(ConnectionLost):
+            with self._ranks.watched(), suppress(ConnectionLost):
                 self._ranks.tell(command)
 
     def _give(self, pages: list[int]) -> None:
-        for start in range(0, len(pages), GIVEN_PAGES):
-            some = pages[start : start + GIVEN_PAGES]
+        for some, _ in few(pages):
             self._ranks.tell(Fill(tuple(some)))
             assert self._ranks.wire is not None
             for part in self.of_pages(some):

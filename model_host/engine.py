@@ -58,6 +58,8 @@ MAX_INEXACT = 8
 """So many prompts wait for being computed exactly."""
 CHUNK_S = 0.2
 """About how long a chunk of a prompt may take: nobody waits longer than that for a step, be it to begin or to stop."""
+CLOSING_S = 2.0
+"""How long a step may take that is waited for when the engine is closed; a longer one waits for a process of the model."""
 FIRST_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 256, 64, 4096
 
 
@@ -189,7 +191,10 @@ class LocalEngine:
     def close(self) -> None:
         self._closed.set()
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(CLOSING_S)
+        if self._thread.is_alive():
+            self._runner.stop()
+            self._thread.join()
         for tier in self._tiers:
             tier.close()
         self.__dict__.pop("_runner", None)  # the weights and the latents
@@ -202,7 +207,7 @@ class LocalEngine:
                 self._take_in()
                 self._step() if self._answers else self._rest()
             except RankLost as error:
-                self._end_all(error)
+                self._end_all(EngineClosed("The engine was shut down.") if self._closed.is_set() else error)
             except EngineError as error:
                 self._fail_all(error)
             except torch.OutOfMemoryError:

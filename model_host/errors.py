@@ -2,7 +2,7 @@
 
 EngineError
 ├── CheckpointError      the checkpoint cannot be used: missing, not DeepSeek-V2, damaged, wrong tokenizer
-├── RankLost             one of the processes that compute the model is gone; what was computed before is still there
+├── RankLost             one of the processes that compute the model is gone or hangs; what was computed before is still there
 ├── RequestError         this one request cannot be served: too long, nothing to compute
 └── EngineClosed         the engine was shut down, or died, while the request was waiting
 """
@@ -17,7 +17,8 @@ class CheckpointError(EngineError):
 
 
 class RankLost(EngineError):
-    """A process that computes a part of the model has ended: the step it was in has not happened, those before have."""
+    """A process that computes a part of the model has ended, or was, since it hung: the step it was in has not happened, those before
+    have."""
 
 
 class RequestError(EngineError):

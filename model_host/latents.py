@@ -5,7 +5,7 @@ Owns: the memory. Knows nothing of token ids or of who uses which page (pages.py
 numbers per token and layer: 31,104 bytes a token for Coder-V2-Lite in bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
@@ -17,6 +17,16 @@ from model_host.batch import Shift, Step
 from model_host.config import ModelConfig
 from model_host.pages import PAGE_TOKENS
 from model_host.rotation import rope_frequencies, rotate
+
+PAGES_AT_ONCE = 256
+"""Taken from or given to a pool at a time, for which the device needs as much memory again: 128 MB of Coder-V2-Lite."""
+
+
+def few(pages: Sequence[int]) -> Iterator[tuple[list[int], slice]]:
+    """The pages, some at a time, and where their tokens lie among those of all."""
+    for start in range(0, len(pages), PAGES_AT_ONCE):
+        some = list(pages[start : start + PAGES_AT_ONCE])
+        yield some, slice(start * PAGE_TOKENS, (start + len(some)) * PAGE_TOKENS)
 
 
 class LatentPool:
@@ -52,26 +62,36 @@ class LatentPool:
         (arXiv 2104.09864, section 3.2.2), once: what was shifted is never shifted again, since rounding would add up."""
         distance = shift.target_start - shift.source_start
         turn = torch.polar(torch.ones_like(self._frequencies), distance * self._frequencies)  # [P/2]
-        source = self._slots(shift.source, shift.source_start, shift.tokens)
-        target = self._slots(shift.target, shift.target_start, shift.tokens)
-        self.c_kv[:, target] = self.c_kv[:, source]
-        self.k_pe[:, target] = rotate(self.k_pe[:, source], turn)
+        most = PAGES_AT_ONCE * PAGE_TOKENS
+        for done in range(0, shift.tokens, most):
+            tokens = min(shift.tokens - done, most)
+            source = self._slots(shift.source, shift.source_start + done, tokens)
+            target = self._slots(shift.target, shift.target_start + done, tokens)
+            self.c_kv[:, target] = self.c_kv[:, source]
+            self.k_pe[:, target] = rotate(self.k_pe[:, source], turn)
 
     def take_out(self, pages: list[int]) -> tuple[Tensor, Tensor]:
         """A copy of the latents of whole pages, on the CPU: c_kv [L, T, R] and k_pe [L, T, P]."""
-        c_kv, k_pe = self.of_pages(pages)
-        return c_kv.cpu(), k_pe.cpu()
+        taken = _room([self], pages)
+        self.copy_out(pages, *taken)
+        return taken
+
+    def copy_out(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
+        """Copies the latents of whole pages into tensors of that shape."""
+        for some, tokens in few(pages):
+            c_kv[:, tokens], k_pe[:, tokens] = self.of_pages(some)
 
     def of_pages(self, pages: list[int]) -> tuple[Tensor, Tensor]:
-        """The same on the device."""
+        """A copy on the device, of pages that are few."""
         slots = self._slots(tuple(pages), 0, len(pages) * PAGE_TOKENS)
         return self.c_kv[:, slots], self.k_pe[:, slots]
 
     def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
         """Writes what `take_out` gave into whole pages."""
-        slots = self._slots(tuple(pages), 0, len(pages) * PAGE_TOKENS)
-        self.c_kv[:, slots] = c_kv.to(self.c_kv.device)
-        self.k_pe[:, slots] = k_pe.to(self.k_pe.device)
+        for some, tokens in few(pages):
+            slots = self._slots(tuple(some), 0, len(some) * PAGE_TOKENS)
+            self.c_kv[:, slots] = c_kv[:, tokens].to(self.c_kv.device)
+            self.k_pe[:, slots] = k_pe[:, tokens].to(self.k_pe.device)
 
     def _slots(self, pages: tuple[int, ...], start: int, tokens: int) -> Tensor:
         """Where the tokens from position `start` on lie, [tokens]."""
@@ -95,13 +115,28 @@ class LayeredPool(LatentPool):
             part.shift(shift)
 
     def take_out(self, pages: list[int]) -> tuple[Tensor, Tensor]:
-        c_kv, k_pe = zip(*(part.take_out(pages) for part in self.parts), strict=True)
-        return torch.cat(c_kv), torch.cat(k_pe)
+        c_kv, k_pe = _room(self.parts, pages)
+        for part, *own in self._with_parts(c_kv, k_pe):
+            part.copy_out(pages, *own)
+        return c_kv, k_pe
 
     def put_in(self, pages: list[int], c_kv: Tensor, k_pe: Tensor) -> None:
+        for part, *own in self._with_parts(c_kv, k_pe):
+            part.put_in(pages, *own)
+
+    def _with_parts(self, c_kv: Tensor, k_pe: Tensor) -> Iterator[tuple[LatentPool, Tensor, Tensor]]:
+        """Each part, and what of the latents of all layers is its own."""
         layers = [len(part.c_kv) for part in self.parts]
-        for part, own_c_kv, own_k_pe in zip(self.parts, c_kv.split(layers), k_pe.split(layers), strict=True):
-            part.put_in(pages, own_c_kv, own_k_pe)
+        return zip(self.parts, c_kv.split(layers), k_pe.split(layers), strict=True)
+
+
+def _room(pools: Sequence[LatentPool], pages: list[int]) -> tuple[Tensor, Tensor]:
+    """Memory on the CPU for the latents of so many pages, c_kv [L, T, R] and k_pe [L, T, P], of pools whose layers follow each other."""
+    layers, tokens, c_kv, k_pe = sum(len(pool.c_kv) for pool in pools), len(pages) * PAGE_TOKENS, pools[0].c_kv, pools[0].k_pe
+    return (
+        torch.empty(layers, tokens, c_kv.shape[-1], dtype=c_kv.dtype),
+        torch.empty(layers, tokens, k_pe.shape[-1], dtype=k_pe.dtype),
+    )
 
 
 @dataclass(frozen=True, slots=True)

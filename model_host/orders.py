@@ -10,6 +10,9 @@ from typing import Any
 from model_host.batch import Copy, Shift, Span, Step
 from model_host.config import Portion
 
+ASKED = "?"
+"""A line for one that comes no further: it says at once where it stands."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Post:

@@ -17,7 +17,7 @@ from model_host.catalogue import Entry, Precision
 from model_host.checkpoints import choose_device, load_model
 from model_host.config import ModelConfig
 from model_host.devices import Share
-from model_host.divided import LayeredModel, stepping
+from model_host.divided import LayeredModel, RankedModel, stepping
 from model_host.errors import CheckpointError, EngineError
 from model_host.generation import Progress
 from model_host.holders import load_spread
@@ -84,6 +84,11 @@ class Runner:
                 f"{' or '.join(str(part.device) for part in parts)} is lost to this process ({first}): restart deepseek-lsp;"
                 " `deepseek-lsp doctor` says what is left."
             ) from error
+
+    def stop(self) -> None:
+        """From any thread: whatever a step may wait for is not waited for any more."""
+        if isinstance(self.model, RankedModel):
+            self.model.stop()
 
     def _check(self, step: Step) -> None:
         """Compiled code trusts these numbers: outside of their bounds it would read and write others' memory."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d  # groups of this process's own: torch.distributed has one of each for all
 
 FOREVER = timedelta(days=365)
-"""Workers wait for rank 0, and all for the next sum, as long as there is none; the death of a process ends the wait."""
+"""Workers wait for rank 0 as long as there is nothing to do; its death, or theirs, ends the wait."""
 MEETING = timedelta(seconds=120)
 """How long rank 0 may look for the others, which all have their weights by then: of eight cards NCCL takes some seconds."""
 LAUNCH_S = 1.0
@@ -69,15 +69,17 @@ class Wire:
         self._group, self._device, self._notices = group, device, backend == "gloo"
         self._launching = threading.Lock()
         self.is_lost = False
+        self.moves = 0
+        """Changes whenever this rank has come further."""
         self._sum = c10d.AllreduceOptions()
         self._sum.asyncOp = self._notices  # on a GPU in the stream of what comes before and after
 
-    def open(self) -> None:
-        """The first sum, for which the ranks connect. Raises ConnectionLost."""
+    def open(self, patience: timedelta = FOREVER) -> None:
+        """The first sum, for which the ranks connect; from then on gloo waits so long for one. Raises ConnectionLost."""
         self.summed(torch.zeros(1, device=self._device))
         self.wait()
         if self._notices:
-            self._group.set_timeout(FOREVER)
+            self._group.set_timeout(patience)
 
     def summed(self, part: Tensor) -> Tensor:
         """Raises ConnectionLost."""
@@ -99,6 +101,7 @@ class Wire:
         with self._launching:
             self._check()
             run()
+        self.moves += 1
 
     def wait(self) -> None:
         """Until this rank's device has done all it was given. Raises ConnectionLost."""
@@ -131,6 +134,7 @@ class Wire:
                 work = begin()
             if work is not None:
                 work.wait()
+            self.moves += 1
         except RuntimeError as error:
             raise ConnectionLost(str(error).splitlines()[0]) from error
 

@@ -2,7 +2,7 @@
 
 Run as `python -m model_host.worker`. On stdin come its orders, then commands, a line each. What it says goes to stdout, a line of JSON
 each: shares of loading, {"weight_bytes": ...} once it is ready, {"failure": ...} with the traceback when it fails, {"lost": ...} when its
-connection breaks, mostly by another's failure. It ends when stdin does.
+connection breaks, mostly by another's failure, {"waits": ..., "stands": ...} when it is asked. It ends when stdin does.
 """
 
 import json
@@ -21,7 +21,7 @@ from model_host.config import ModelConfig
 from model_host.divided import SpreadModel
 from model_host.holders import load_rank
 from model_host.latents import LatentPool
-from model_host.orders import Begin, Command, Fill, Orders, read
+from model_host.orders import ASKED, Begin, Command, Fill, Orders, read
 from model_host.ranks import LOST
 from model_host.wire import ConnectionLost, Wire, meet
 
@@ -35,7 +35,7 @@ def main() -> None:
         wire.flush()
 
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(lines,), daemon=True).start()
+    threading.Thread(target=listen, args=(lines, say), daemon=True).start()
     try:
         work(Orders.read(lines.get()), lines, say)
     except ConnectionLost as error:
@@ -46,11 +46,20 @@ def main() -> None:
         os._exit(1)  # groups wait for each other when they are taken down
 
 
-def listen(lines: queue.SimpleQueue[str]) -> None:
-    """In a thread of its own: a rank may wait for others when stdin ends."""
+def listen(lines: queue.SimpleQueue[str], say: Any) -> None:
+    """In a thread of its own: a rank may wait for others when stdin ends, or when it is asked."""
     for line in sys.stdin:
-        lines.put(line)
+        if line.strip() == ASKED:
+            say(**standing())
+        else:
+            lines.put(line)
     os._exit(0)
+
+
+def standing() -> dict[str, Any]:
+    """Where the main thread is, and whether that is waiting: for something to do, or in a sum for others."""
+    innermost = sys._current_frames()[threading.main_thread().ident or 0]
+    return {"waits": innermost.f_code in (work.__code__, Wire._do.__code__), "stands": "".join(traceback.format_stack(innermost))}
 
 
 def work(orders: Orders, lines: queue.SimpleQueue[str], say: Any) -> None:

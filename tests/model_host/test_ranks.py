@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,7 @@ from model_host.devices import Device
 from model_host.divided import RankedModel
 from model_host.eager import TRIED_CONTEXT
 from model_host.engine import Disk, LocalEngine, load_engine
-from model_host.errors import CheckpointError, RankLost
+from model_host.errors import CheckpointError, EngineClosed, RankLost
 from model_host.footprint import groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.latents import LatentPool
@@ -200,6 +201,192 @@ async def test_a_rank_killed_while_it_serves_is_a_sentence_to_its_request_and_no
         engine.close()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three seconds for what may take two minutes."""
+    monkeypatch.setattr(ranks, "STILL_S", 3.0)
+    monkeypatch.setattr(ranks, "LAST_WORDS_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("when", ["in a step", "between steps"])
+async def test_a_rank_that_hangs_is_told_and_ended_and_the_next_request_is_answered(
+    when: str, on_cards: Callable[[tuple[Device, ...]], None]
+):
+    """Stopped, as by a driver that does not return."""
+    answers = []
+    for devices in ((), cards(3, 0.1)):
+        on_cards(devices)
+        engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch")
+        try:
+            if isinstance(model := engine._runner.model, RankedModel):
+                processes = [worker.process for worker in model._ranks._workers]
+                await engine.submit(FIRST).finished()
+                if when == "between steps":
+                    os.kill(processes[1].pid, signal.SIGSTOP)
+                generation = engine.submit(replace(FIRST, max_new_tokens=2000))
+                if when == "in a step":
+                    async for _ in generation:
+                        os.kill(processes[1].pid, signal.SIGSTOP)
+                        break
+                stopped = time.monotonic()
+                with pytest.raises(
+                    RankLost, match=r"(?s)rank 2 on cpu has come no further in 3 seconds: it does not answer.*dmesg.*next request"
+                ):
+                    await generation.finished()
+                assert time.monotonic() - stopped < 12
+                assert not any(psutil.pid_exists(process.pid) for process in processes), "ended and waited for"
+            answers.append(await said(engine, replace(FIRST, reuse=Reuse.EXACT)))
+        finally:
+            engine.close()
+    (wanted, _), (spoken, cost) = answers
+    assert spoken == wanted and cost.computed_tokens <= 16, "what was computed is still there"
+
+
+STUCK = """
+import time
+from model_host import worker
+from model_host.divided import SpreadModel
+SpreadModel.forward = lambda self, step, latents: time.sleep(1000)
+worker.main()
+"""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rank_that_is_stuck_while_others_wait_for_it_says_where(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    """As in a device's call that does not return."""
+    start, started = subprocess.Popen, count(1)
+
+    def second_is_stuck(command: list[str], **more) -> subprocess.Popen[str]:
+        return start([*command[:2], "-c", STUCK] if next(started) == 2 else command, **more)
+
+    monkeypatch.setattr(ranks.subprocess, "Popen", second_is_stuck)
+    model = ranked(one_folder, "float32", 3)
+    pool = model.pool(64)
+    model.prepare(pool)
+    with pytest.raises(
+        RankLost, match=r"(?s)rank 2 on cpu has come no further in 3 seconds: it stands in\n.*in follow.*<lambda>.*\nIf that"
+    ):
+        model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("when", ["told", "given latents", "prepared anew", "given them anew"])
+def test_a_rank_that_hangs_outside_of_a_step_is_ended_too(
+    when: str, one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(1024)
+    model.prepare(pool)
+    step = Step(ids=tuple(range(20)), spans=(Span(tokens=20, context=20, pages=(0, 1)),), wanted=(19,))
+    wanted = model.forward(step, pool)
+    stopped = model._ranks._workers[0].process
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = model._ranks._workers[0].process
+        os.kill(stopped.pid, signal.SIGSTOP)
+
+    with monkeypatch.context() as patched:
+        if when == "told":
+            stop()
+            many = tuple(range(2, 1002))
+            for _ in range(20):  # more than a pipe holds
+                pool.shift(Shift(source=many, source_start=0, target=many, target_start=0, tokens=1))
+        elif when == "given latents":
+            stop()
+            pool.put_in(list(range(2, 1002)), *pool.take_out(list(range(2, 1002))))
+        else:
+            os.kill(stopped.pid, signal.SIGKILL)
+            with pytest.raises(RankLost, match="ended by signal 9"):
+                model.forward(step, pool)
+            part, name = (model.own, "prepare") if when == "prepared anew" else (pool, "give_all")
+            work = getattr(part, name)
+
+            def with_one_stopped(*arguments) -> None:
+                stop()
+                work(*arguments)
+                assert model._ranks.wire is not None
+                model._ranks.wire.summed(torch.ones(1))  # as where it captures graphs, in which there are sums
+
+            patched.setattr(part, name, with_one_stopped)
+        with pytest.raises(RankLost, match="rank 1 on cpu has come no further in 3 seconds: it does not answer"):
+            model.forward(step, pool)
+    assert stopped.poll() == -signal.SIGKILL
+    assert torch.allclose(model.forward(step, pool), wanted, atol=1e-5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_death_of_one_rank_is_told_where_another_one_hangs(one_folder: Path, ranked: Callable[..., RankedModel]):
+    """What hangs never notices the death, so that rank 0 waits for it."""
+    model = ranked(one_folder, "float32", 3)
+    pool = model.pool(64)
+    model.prepare(pool)
+    os.kill(pid_of(model, 1), signal.SIGSTOP)
+    os.kill(pid_of(model, 2), signal.SIGKILL)
+    with pytest.raises(RankLost, match="rank 2 on cpu failed: it was ended by signal 9"):
+        model.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool)
+    assert not model._ranks.is_running
+
+
+@pytest.mark.parametrize("when", ["in a step", "while they are started anew"])
+async def test_an_engine_is_closed_at_once_even_where_it_waits_for_a_rank(
+    when: str, on_cards: Callable[[tuple[Device, ...]], None], monkeypatch: pytest.MonkeyPatch
+):
+    on_cards(cards(2, 0.7))
+    engine = load_engine(STARTER, dtype="float32", threads=1, kernels="torch")
+    try:
+        model = engine._runner.model
+        assert isinstance(model, RankedModel)
+        others = model._ranks
+        if when == "while they are started anew":
+            os.kill(pid_of(model, 1), signal.SIGKILL)
+            with pytest.raises(RankLost, match="ended by signal 9"):
+                await engine.submit(FIRST).finished()
+            start = subprocess.Popen
+            monkeypatch.setattr(
+                ranks.subprocess, "Popen", lambda command, **more: start([*command[:2], "-c", "import time; time.sleep(1000)"], **more)
+            )
+        else:
+            os.kill(pid_of(model, 1), signal.SIGSTOP)
+        generation = engine.submit(FIRST)
+        while not (others._is_watched or (others._workers and not others.is_running)):
+            await asyncio.sleep(0.1)
+        [process] = [worker.process for worker in others._workers]
+    finally:
+        closed = time.monotonic()
+        await asyncio.to_thread(engine.close)
+    assert time.monotonic() - closed < 10
+    engine.close()  # harmless
+    with pytest.raises(EngineClosed):
+        await generation.finished()
+    assert process.poll() == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rank_that_cannot_even_be_killed_is_left_behind(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    """As one that waits within the system for a device or a disk."""
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(64)
+    model.prepare(pool)
+    step = Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,))
+    wanted = model.forward(step, pool)
+    process = model._ranks._workers[0].process
+    os.kill(process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "kill", lambda: None)
+        with pytest.raises(RankLost, match="rank 1 on cpu has come no further in 3 seconds: it does not answer"):
+            model.forward(step, pool)
+    assert process.poll() is None
+    assert torch.allclose(model.forward(step, pool), wanted, atol=1e-5)
+    process.kill()
+    process.wait()
+
+
 def test_a_rank_that_fails_in_a_step_brings_its_traceback_home(one_folder: Path, ranked: Callable[..., RankedModel]):
     model = ranked(one_folder, "float32", 2)
     wanted, _ = greedy(model, new=2)
@@ -253,6 +440,29 @@ def test_a_rank_that_dies_again_while_it_is_started_anew_spoils_nothing(
             with pytest.raises(RankLost, match="ended by signal 9"):
                 model.forward(following, pool)
     assert torch.allclose(model.forward(following, pool), wanted, atol=1e-5)
+
+
+def test_ranks_that_were_started_anew_in_vain_are_not_left_behind(
+    one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch
+):
+    model = ranked(one_folder, "float32", 2)
+    pool = model.pool(64)
+    model.prepare(pool)
+    step = Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,))
+    wanted = model.forward(step, pool)
+    os.kill(pid_of(model, 1), signal.SIGKILL)
+    with pytest.raises(RankLost, match="ended by signal 9"):
+        model.forward(step, pool)
+
+    def no_room() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model._ranks, "join", no_room)
+        with pytest.raises(MemoryError):
+            model.forward(step, pool)
+    assert not model._ranks._workers
+    assert torch.allclose(model.forward(step, pool), wanted, atol=1e-5)
 
 
 def test_ranks_that_were_given_half_are_started_anew(one_folder: Path, ranked: Callable[..., RankedModel], monkeypatch: pytest.MonkeyPatch):
@@ -314,6 +524,28 @@ def test_code_in_the_folder_that_an_editor_was_started_in_is_run_by_no_rank(
     monkeypatch.chdir(tmp_path)
     ranked(one_folder, "float32", 2)
     assert not (tmp_path / "run").exists()
+
+
+BABBLING = """
+import os
+os.write(1, b"3\\n[]\\nnull\\n\\xff\\n" + b"loading a library\\n" * 100_000)
+os._exit(7)
+"""
+
+
+def test_a_rank_whose_libraries_babble_on_stdout_is_heard_all_the_same(other: Ranks, monkeypatch: pytest.MonkeyPatch):
+    start = subprocess.Popen
+    monkeypatch.setattr(ranks.subprocess, "Popen", lambda command, **more: start([*command[:2], "-c", BABBLING], **more))
+    monkeypatch.setattr(ranks, "SILENCE_S", 20.0)
+    other.start(quiet)
+    with pytest.raises(CheckpointError, match="rank 1 on cpu could not start: it ended with status 7"):
+        other.join()
+
+
+def test_an_interrupt_from_the_terminal_is_for_rank_0_alone(other: Ranks):
+    """It stops an answer there; the terminal gives it to every process of the foreground."""
+    other.start(quiet)
+    assert os.getpgid(other._workers[0].process.pid) != os.getpgid(0)
 
 
 def test_rank_0_need_not_go_on_reading_when_another_one_has_died(other: Ranks, one_folder: Path):
