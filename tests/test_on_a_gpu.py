@@ -266,6 +266,28 @@ async def test_a_rank_that_dies_is_told_within_seconds_and_its_cache_is_as_it_wa
         whole.close()
 
 
+async def test_a_rank_that_hangs_in_a_step_is_named_and_the_next_answer_is_right(
+    ranked: Callable[..., LocalEngine], monkeypatch: pytest.MonkeyPatch
+):
+    whole, engine = on("cuda"), ranked(*TWO)
+    request = hole(text(), tokens=400)
+    process = of_ranks(engine)._ranks._workers[0].process
+    monkeypatch.setattr(ranks, "STILL_S", 5.0)  # by now everything is compiled
+    try:
+        generation = engine.submit(request)
+        async for _ in generation:
+            os.kill(process.pid, signal.SIGSTOP)
+            break
+        with pytest.raises(RankLost, match=r"rank 1 on cuda:\d has come no further in 5 seconds: it does not answer"):
+            await generation.finished()
+        assert process.poll() is not None, "ended and waited for"
+        monkeypatch.setattr(ranks, "STILL_S", 120.0)
+        said, _ = await ask(engine, replace(request, max_new_tokens=8))
+        assert said == (await ask(whole, replace(request, max_new_tokens=8)))[0]
+    finally:
+        whole.close()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU here")
 @pytest.mark.parametrize("slow", [False, True], ids=["layers apart, for want of room", "ranks, for want of speed"])
 async def test_a_plan_over_all_cards_is_loaded_and_says_what_one_card_says(slow: bool, monkeypatch: pytest.MonkeyPatch):

@@ -175,7 +175,7 @@ class GpuModel:
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((known.pool() for known, _ in self._graphs.values()), None)
-        # The stream has to be named: torch's own for captures is on the card that was captured on first. Other threads may speak to the device.
+        # The stream has to be named: torch's own for captures stays on the card it was first used on. Other threads may speak to the card.
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             out = self._run(count, rows, latents)
         return graph, out
