@@ -87,7 +87,7 @@ class TorchExperts(nn.Module):
         gate_up, down = self.stacks(layer)
         gate, up = gate_up.product(x[rows], choices).chunk(2, dim=-1)  # [n, I] each
         y = down.product(F.silu(gate) * up, choices)  # [n, D]
-        return out.index_add_(0, rows, y.float() * weights[rows, places].float().unsqueeze(-1))
+        return out.index_add_(0, rows, y.float().mul_(weights[rows, places].float().unsqueeze(-1)))
 
 
 def stack(experts: int, rows: int, columns: int, precision: str, dtype: torch.dtype, device: torch.device) -> Stack | Nf4Stack:

@@ -20,7 +20,7 @@ from model_host.eager import EagerModel
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, EngineError
 from model_host.experts import Spread, TorchExperts
-from model_host.footprint import groups, working_bytes
+from model_host.footprint import compiled_bytes, groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.holders import expert_reader, load_dense, load_spread
 from model_host.hot import HotExperts
@@ -167,8 +167,9 @@ def small_devices(config: ModelConfig, precision: Precision, *shares: tuple[str,
     """Devices with room for such shares of the routed experts, and the first for everything else; all are this machine's CPU."""
     *others, routed = groups(config, precision)
     context = min(USUAL_CONTEXT_TOKENS, config.max_position_embeddings)
-    rest = sum(group.bytes for group in others) + working_bytes(config, context)
+    rest = sum(group.bytes for group in others) + working_bytes(config, precision, context)
     rest += context * config.num_hidden_layers * config.latent_dim * (4 if precision is Precision.FLOAT32 else 2)
+    rest += compiled_bytes(config, precision) if shares[0][0] == "cpu" else 0
     return tuple(
         Device(
             name="cpu",
@@ -208,7 +209,7 @@ async def test_a_model_whose_layers_are_divided_as_planned_reuses_what_it_comput
     config = ModelConfig.read(STARTER)
     context = config.max_position_embeddings
     needed = sum(group.bytes for group in groups(config, Precision.FLOAT32)) + context * config.num_hidden_layers * config.latent_dim * 4
-    free = RESERVED_BYTES["gpu"] + working_bytes(config, context) + int(0.6 * needed)
+    free = RESERVED_BYTES["gpu"] + working_bytes(config, Precision.FLOAT32, context) + int(0.6 * needed)
     cards = (Device(name="cpu", kind="gpu", free_bytes=free, bytes_per_s=1e13),) * 2  # so fast that hops are what takes time
     monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
     text = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\n" * 12
