@@ -1,12 +1,14 @@
 """Experts and layers on several devices, and weights in fewer bits: the same answers as whole, and a sentence when one is lost."""
 
 import asyncio
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_host import hot, runner
@@ -301,3 +303,88 @@ def test_experts_stay_where_they_are_while_no_other_is_used_much_more(one_folder
             uses.note(layer, torch.arange(16)[None])
         uses.end_step()
     assert uses.moves == 0
+
+
+def divided_in_two(folder: Path, kernels: str, read: hot.ReadExpert | None = None) -> tuple[SpreadModel, HotExperts]:
+    """Half of the experts where they are fast and half where they are slow, both on this CPU."""
+    config = ModelConfig.read(folder)
+    fast, slow = held(folder, range(8), "float32"), held(folder, range(8, 16), "float32", kernels)
+    return assembled(folder, "float32", [fast, slow]), HotExperts(config, fast, slow, read or expert_reader(folder, config), CPU)
+
+
+def used_most(uses: HotExperts, layer: int, *experts: int) -> None:
+    """Uses of one layer's experts, until they are looked at."""
+    for _ in range(hot.CHECKED_STEPS):
+        uses.note(layer, torch.tensor([experts]))
+        uses.end_step()
+
+
+def slots_of(model: SpreadModel) -> Tensor:
+    """How many places each expert of each layer is in [L, E]."""
+    return sum((one._slots >= 0).int() for one in model._spread.here)  # type: ignore[attr-defined, return-value]
+
+
+@pytest.mark.parametrize("kernels", ["torch", *(["auto"] if available_levels() else [])])
+def test_experts_may_move_there_and_back_any_number_of_times(one_folder: Path, kernels: str):
+    model, uses = divided_in_two(one_folder, kernels)
+    wanted = greedy(model)[0]
+    draw = torch.Generator().manual_seed(7)
+    for _ in range(40):
+        slow_one, fast_one = (
+            int(there[0].nonzero()[int(torch.randint(8, (1,), generator=draw))]) for there in (uses._is_slow, uses._is_fast)
+        )
+        uses._swap(0, slow_one, fast_one)
+    assert uses.moves == 40 and bool((slots_of(model) == 1).all())
+    assert greedy(model)[0] == wanted
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["the hot one", "the cold one"])
+def test_an_expert_that_cannot_be_read_again_stays_and_so_do_all_others(one_folder: Path, failing: int, caplog: pytest.LogCaptureFixture):
+    reads = expert_reader(one_folder, ModelConfig.read(one_folder))
+    asked: list[int] = []
+
+    def read(layer: int, expert: int) -> dict[str, Tensor]:
+        asked.append(expert)
+        if len(asked) - 1 == failing:
+            raise OSError("the disk is gone")
+        return dict(reads(layer, expert))
+
+    model, uses = divided_in_two(one_folder, "torch", read)
+    wanted = greedy(model)[0]
+    used_most(uses, 1, 9, 10)
+    assert "Experts stay where they are from now on, moving one failed: the disk is gone" in caplog.text
+    used_most(uses, 1, 9, 10)
+    assert uses.moves == 0 and len(asked) == failing + 1, "and it is not tried again"
+    assert bool((slots_of(model) == 1).all()) and greedy(model)[0] == wanted
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_gpu_without_memory_in_the_middle_of_a_move_keeps_the_expert_it_had(
+    one_folder: Path, written: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    model, uses = divided_in_two(one_folder, "torch")
+    wanted = greedy(model)[0]
+    fast, _ = model._spread.here
+    assert isinstance(fast, TorchExperts)
+    puts, done = fast.put, []
+
+    def put(layer: int, expert: int, kind: str, weight: Tensor) -> None:
+        if len(done) == written:
+            raise torch.OutOfMemoryError("no memory")
+        done.append(kind)
+        puts(layer, expert, kind, weight)
+
+    monkeypatch.setattr(fast, "put", put)
+    used_most(uses, 1, 9, 10)
+    assert len(done) == written and uses.moves == 0 and "no memory" in caplog.text
+    assert bool((slots_of(model) == 1).all()) and greedy(model)[0] == wanted
+
+
+def test_files_that_were_replaced_while_in_use_are_not_read(one_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(one_folder, tmp_path / "twin"))
+    config = ModelConfig.read(folder)
+    read = expert_reader(folder, config)
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor.flatten() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="was replaced by another checkpoint's while it was in use"):
+        read(1, 9)
