@@ -118,6 +118,7 @@ def on_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[Device, ...]], 
     def put(devices: tuple[Device, ...]) -> None:
         monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
         monkeypatch.setattr(runner, "USUAL_CONTEXT_TOKENS", FEW_TOKENS)
+        monkeypatch.setattr(runner, "LEAST_TOKENS", 8192)  # of cache, whatever was planned for
         monkeypatch.setattr(runner, "real_devices", lambda: devices)
 
     return put

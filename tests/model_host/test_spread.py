@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_host import hot, runner
+from model_host import hot, machine, runner
 from model_host.batch import Step
 from model_host.catalogue import LARGE, LITE, Entry, Precision
 from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
-from model_host.devices import Device, Share
+from model_host.devices import Device, Kind, Share
 from model_host.divided import LayeredModel, SpreadModel
 from model_host.eager import EagerModel
 from model_host.engine import Disk, LocalEngine, load_engine
@@ -29,6 +29,7 @@ from model_host.hot import HotExperts
 from model_host.latents import LatentPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeExperts
+from model_host.pages import pages_for
 from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS
 from model_host.quantized import PackedLinear, Stack, linears, pack, unpack
 from tests.model_host import twins
@@ -250,6 +251,55 @@ def test_a_model_that_fits_nowhere_is_refused_with_numbers_and_the_nearest_plan(
     monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.INT4, ("cpu", 0.3)))
     with pytest.raises(CheckpointError, match=r"does not fit: as int4 with [\d,]+ tokens .* are free\. It would fit"):
         runner.load(one_folder, device="auto", dtype="auto", threads=1, kernels="auto", progress=quiet)
+
+
+@pytest.mark.parametrize("cache_bytes", [10**6, 10**9])
+def test_the_cache_takes_what_the_weights_leave_and_no_more(
+    cache_bytes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    config = ModelConfig.read(STARTER)
+    devices = small_devices(config, Precision.FLOAT32, ("gpu", 0.4), ("cpu", 0.7))
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: devices)
+    form = runner.choose(config, device="auto", dtype="float32", kernels="auto")
+    assert form.cache_bytes is not None and 10**6 < form.cache_bytes < 10**9
+    assert form.ram_bytes == devices[1].free_bytes - RESERVED_BYTES["cpu"] - form.shares[1].weight_bytes
+    engine = load_engine(STARTER, dtype="float32", threads=1, cache_bytes=cache_bytes)
+    try:
+        least = LatentPool.page_bytes(config, torch.float32) * pages_for(runner.LEAST_TOKENS)
+        assert engine.facts.cache_bytes <= max(min(cache_bytes, form.cache_bytes), least)
+        assert ("The weights leave room for" in caplog.text) == (cache_bytes > form.cache_bytes)
+    finally:
+        engine.close()
+
+
+def test_a_device_that_is_too_small_alone_is_told_apart_from_a_machine_that_is(monkeypatch: pytest.MonkeyPatch):
+    small, large = (Device(name=name, kind=kind, free_bytes=size, bytes_per_s=1e12) for name, kind, size in DEVICES)
+    monkeypatch.setattr(runner, "real_devices", lambda: (large, small))
+    problem = runner.choose(LITE, device="cpu", dtype="int8", kernels="torch").problem
+    assert problem is not None and "does not fit: as int8" in problem and "GB of RAM" not in problem
+    assert problem.endswith("That is of 'cpu' alone: with device set to 'auto' it fits as int8 on cuda:0.")
+
+
+DEVICES: tuple[tuple[str, Kind, int], ...] = (("cpu", "cpu", 4 * 10**9), ("cuda:0", "gpu", 24 * 10**9))
+
+
+def test_memory_that_is_gone_when_it_is_needed_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def full(model: object, pages: int) -> LatentPool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EagerModel, "pool", full)
+    with pytest.raises(CheckpointError, match="was not there any more: end what else uses it, or lower cache_mb"):
+        load_engine(STARTER, device="cpu", kernels="torch")
+
+
+def test_a_gpu_that_does_not_answer_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def lost(device: object) -> tuple[int, int]:
+        raise torch.AcceleratorError("CUDA error: device unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    assert machine.free_bytes(torch.device("cuda", 1)) is None
+    assert "cuda:1 does not answer and is left out: CUDA error: device unavailable" in caplog.text
 
 
 def test_fewer_bits_are_taken_where_more_do_not_fit(one_folder: Path, monkeypatch: pytest.MonkeyPatch):
