@@ -213,7 +213,8 @@ def doctor(
     model: Annotated[str, typer.Option("--model", help="Plan where this one would lie: a name of --models, or a folder.")] = "",
     devices: Annotated[str, typer.Option("--devices", help="On these instead of this machine's, as 2x24GB or 24GB+cpu:64GB.")] = "",
     dtype: Annotated[str, typer.Option("--dtype", help="As auto (the best that fits), bfloat16, int8 or int4.")] = "auto",
-    context: Annotated[int, typer.Option("--context", min=1, help="With so many tokens of context.")] = 16_384,
+    context: Annotated[int, typer.Option("--context", min=0, help="With so many tokens of context; 0: 16,384, or all it takes.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="For so many sequences of that context, decoded together.")] = 1,
 ) -> None:
     """Say what is installed, what would be loaded, what is wrong and what to do."""
     console = Console(highlight=False, soft_wrap=True)
@@ -225,7 +226,7 @@ def doctor(
             instead = f"; {INSTEAD[dtype]} comes nearest to it" if dtype in INSTEAD else ""
             raise typer.BadParameter(f"{dtype!r} is none of {', '.join(PLANNED)}{instead}.", param_hint="--dtype")
         name = model or merge(user_settings()[0])[0].model
-        show_plan(console, importlib.import_module("model_host.inspection").placed(name, devices, dtype, context))
+        show_plan(console, importlib.import_module("model_host.inspection").placed(name, devices, dtype, context, batch))
         return
     layers, problems = user_settings()
     settings, wrong = merge(layers)

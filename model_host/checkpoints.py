@@ -34,6 +34,8 @@ SIGN_S = 1.0
 """Whoever reads says so at least so often, unless a single tensor takes longer."""
 READABLE = ("BF16", "F16", "F32", "F64")
 """Types of weights in files; each is converted to the one that is computed with."""
+OF_PACKED = (".qweight", ".q_weight", ".weight_packed")
+"""How GPTQ, AWQ, EXL2 and compressed-tensors name what stands in the place of a weight."""
 
 
 def locate(name: str, *, download: bool = False) -> Path:
@@ -87,7 +89,8 @@ def choose_device(wanted: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"Device {wanted!r} cannot be used ({str(error).splitlines()[0]}): set device to 'auto' or 'cpu'.") from error
+        instead = "'cpu'" if wanted == "auto" else "'auto' or 'cpu'"
+        raise CheckpointError(f"Device {wanted!r} cannot be used ({str(error).splitlines()[0]}): set device to {instead}.") from error
     return device
 
 
@@ -149,16 +152,16 @@ def checked_shards(folder: Path, config: ModelConfig) -> list[Shard]:
     parts = shards(folder)
     wanted = dict(hub_shapes(config))
     for stored in (stored for part in parts for stored in part.tensors):
-        shape = wanted.pop(stored.name, None)
-        if shape is None:
+        shape, is_packed = wanted.pop(stored.name, None), stored.name.endswith(OF_PACKED)
+        if shape is None and not is_packed:
             continue
-        if shape != stored.shape:
-            raise CheckpointError(f"{folder}: {stored.name} has shape {list(stored.shape)}, config.json says {list(shape)}.")
-        if stored.dtype not in READABLE:
+        if is_packed or stored.dtype not in READABLE:
             raise CheckpointError(
                 f"{folder}: {stored.name} is stored as {stored.dtype}, so these weights are quantized, which cannot be read:"
                 " choose the checkpoint they were made from, in bfloat16, float16 or float32."
             )
+        if shape != stored.shape:
+            raise CheckpointError(f"{folder}: {stored.name} has shape {list(stored.shape)}, config.json says {list(shape or ())}.")
     if wanted:
         raise CheckpointError(f"{folder} lacks {len(wanted)} tensors, first {min(wanted)}: download it again.")
     return parts

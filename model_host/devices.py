@@ -44,7 +44,9 @@ CPU_BYTES_PER_S = 60e9
 USUAL_RAM_GB = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SYSTEM_BYTES = 2_000_000_000
 """Of the RAM of an imagined machine, what others use."""
-DEVICE = re.compile(r"(?:(\d+)\s*x\s*)?(cpu:)?\s*(\d+(?:\.\d+)?)\s*GB(?:@(\d+))?", re.IGNORECASE)
+DEVICE = re.compile(r"(?:(\d+)\s*x\s*)?(cpu:)?\s*(\d+(?:\.\d+)?)\s*GB(?:\s*@\s*(\d+(?:\.\d+)?))?", re.IGNORECASE)
+MOST_GPUS = 32
+"""In one machine."""
 
 
 def imagined_gpu(name: str, gigabytes: float, bytes_per_s: float | None = None) -> Device:
@@ -65,12 +67,16 @@ def parse_devices(text: str) -> tuple[Device, ...]:
         if match is None:
             raise RequestError(f"{part.strip()!r} describes no device: write 24GB, 2x24GB, 2x24GB+cpu:64GB, or 24GB@936 for 936 GB/s.")
         count, is_cpu, size, speed = match.groups()
+        if speed and not float(speed):
+            raise RequestError(f"{part.strip()!r} is never read: leave @{speed} out, or write how many GB/s it reads.")
         bytes_per_s = float(speed) * 1e9 if speed else None
         if is_cpu:
             if count or any(device.kind == "cpu" for device in found):
                 raise RequestError(f"{text!r} names the CPU's memory more than once: write cpu:64GB once.")
             found.append(imagined_cpu(float(size), bytes_per_s))
             continue
+        if not 0 < int(count or 1) <= MOST_GPUS - len(found):
+            raise RequestError(f"{text!r} is no machine: it has 1 to {MOST_GPUS} GPUs, written as 2x24GB, or none, as cpu:64GB.")
         for _ in range(int(count or 1)):
             name = f"gpu {sum(device.kind == 'gpu' for device in found)}"
             found.append(imagined_gpu(name, float(size), bytes_per_s))

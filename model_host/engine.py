@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model_host.catalogue import without_infilling
 from model_host.checkpoints import release_memory
+from model_host.config import ModelConfig
 from model_host.drafts import Drafter, Pay
 from model_host.errors import CheckpointError, EngineClosed, EngineError, RankLost, RequestError
 from model_host.generation import (
@@ -37,7 +38,7 @@ from model_host.generation import (
 from model_host.grammar import GrammarGuide, vocabulary_of
 from model_host.pages import PAGE_TOKENS, Ids, PagePool, pages_for, shared
 from model_host.reuse.shifted import Source
-from model_host.runner import Kernels, Runner, load
+from model_host.runner import Kernels, Runner, choose, load
 from model_host.sampling import Sampler, logprobs
 from model_host.scheduler import Part, Scheduler, Sequence
 from model_host.tiers import NEWS_TOKENS, DiskTier, RamTier, Tier, is_news, key_of
@@ -86,15 +87,28 @@ def load_engine(
     """Reads the checkpoint in `folder` (tokenizer first: it fails fast) and starts its engine. Raises CheckpointError.
 
     Latents lie in `cache_bytes` of the device; those that it loses stay in `ram_bytes` of the computer's memory, where that is another, and
-    on `disk`, where one is given.
+    on `disk`, where one is given. Where the weights leave less, it is less.
     """
     started = time.monotonic()
     tokenizer = Tokenizer(folder)
     progress("reading weights", 0.0)
-    model = load(folder, device=device, dtype=dtype, threads=threads, kernels=kernels, progress=progress)
+    form = choose(ModelConfig.read(folder), device=device, dtype=dtype, kernels=kernels)
+    if form.cache_bytes is not None and form.cache_bytes < cache_bytes:
+        log.warning(
+            "The weights leave room for %d MB of cache, of the %d that cache_mb allows.", form.cache_bytes // 10**6, cache_bytes // 10**6
+        )
+        cache_bytes = form.cache_bytes
+    ram_bytes = ram_bytes if form.ram_bytes is None else min(ram_bytes, form.ram_bytes)
+    try:
+        model = load(folder, device=device, dtype=dtype, threads=threads, kernels=kernels, progress=progress)
+        runner = Runner(model, cache_bytes)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CheckpointError(
+            "The memory that was free when loading began was not there any more: end what else uses it, or lower cache_mb;"
+            " `deepseek-lsp doctor` says what is left."
+        ) from error
     if tokenizer.bos_id != model.config.bos_token_id:
         raise CheckpointError(f"{folder}: tokenizer and config.json disagree on the beginning-of-sentence token: they are of two models.")
-    runner = Runner(model, cache_bytes)
     facts = Facts(
         checkpoint=str(folder),
         device=str(model.device),

@@ -32,7 +32,8 @@ class Held(Protocol):
         ...
 
     def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
-        """Puts another expert, by its matrices gate_proj, up_proj and down_proj, into the place of one that is here."""
+        """Puts another expert, by its matrices gate_proj, up_proj and down_proj, into the place of one that is here. What that raises
+        leaves the old one there."""
         ...
 
 
@@ -69,10 +70,17 @@ class TorchExperts(nn.Module):
         return gate_up, down
 
     def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
-        self._slots[layer, new], self._slots[layer, old] = self._slots[layer, old].clone(), -1
-        self._slots_there = self._slots.to(self.device)
-        for kind, weight in weights.items():
-            self.put(layer, new, kind, weight)
+        slot = int(self._slots[layer, old])
+        kept = [(parameter[slot], parameter[slot].clone()) for matrices in self.stacks(layer) for parameter in matrices.parameters()]
+        try:
+            for kind, weight in weights.items():
+                self.put(layer, old, kind, weight)
+        except BaseException:
+            for place, before in kept:
+                place.copy_(before)
+            raise
+        for slots in (self._slots, self._slots_there):
+            slots[layer, new], slots[layer, old] = slot, -1
 
     def partial(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         x, weights, experts = x.to(self.device, self.dtype), weights.to(self.device), experts.to(self.device)
@@ -87,7 +95,7 @@ class TorchExperts(nn.Module):
         gate_up, down = self.stacks(layer)
         gate, up = gate_up.product(x[rows], choices).chunk(2, dim=-1)  # [n, I] each
         y = down.product(F.silu(gate) * up, choices)  # [n, D]
-        return out.index_add_(0, rows, y.float() * weights[rows, places].float().unsqueeze(-1))
+        return out.index_add_(0, rows, y.float().mul_(weights[rows, places].float().unsqueeze(-1)))
 
 
 def stack(experts: int, rows: int, columns: int, precision: str, dtype: torch.dtype, device: torch.device) -> Stack | Nf4Stack:

@@ -14,8 +14,8 @@ GROUP_COLUMNS = 64
 FOUR_BITS = (Precision.INT4, Precision.NF4)
 SCALE_BYTES = 2
 """bfloat16: in int8 one a row, in int4 one a group of columns."""
-CHUNK_TOKENS = 2048
-"""Of a prompt, in one step: what activations are counted for."""
+CHUNK_TOKENS = 4096
+"""The most of a prompt in one step: what activations are counted for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +92,22 @@ def cached_bytes_per_token(entry: Entry, precision: Precision) -> int:
     return entry.kv_bytes_per_token(Precision.FLOAT32 if precision is Precision.FLOAT32 else Precision.BFLOAT16)
 
 
-def working_bytes(config: ModelConfig, context_tokens: int) -> int:
-    """Of a prompt's chunk: keys and values written out for one layer's heads over the context, and what experts pass on."""
-    per_context_token = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim) * 2
-    chosen = (config.num_experts_per_tok or 0) * (3 * config.moe_intermediate_size + config.hidden_size)
+def working_bytes(config: ModelConfig, precision: Precision, context_tokens: int) -> int:
+    """Of a prompt's chunk: keys and values written out for one layer's heads over the context, and what experts pass on: gate, up and
+    their product, and what comes of each choice before and after it is weighed, in float32 then."""
+    number = 4 if precision is Precision.FLOAT32 else 2
+    per_context_token = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim)
+    chosen = (config.num_experts_per_tok or 0) * (3 * config.moe_intermediate_size + 3 * config.hidden_size)
     dense = 3 * config.intermediate_size if config.first_k_dense_replace else 0
-    return context_tokens * per_context_token + min(CHUNK_TOKENS, context_tokens) * max(chosen, dense) * 2
+    return number * (context_tokens * per_context_token + min(CHUNK_TOKENS, context_tokens) * max(chosen, dense))
+
+
+def compiled_bytes(config: ModelConfig, precision: Precision) -> int:
+    """What compiled kernels hold besides the groups of a whole model on a CPU: the keys' part of kv_b_proj once more, turned, and
+    routers in float32."""
+    keys = config.num_hidden_layers * config.num_attention_heads * config.qk_nope_head_dim * config.kv_lora_rank
+    routers = mixtures(config) * (config.n_routed_experts or 0) * config.hidden_size
+    return 4 * keys if precision is Precision.FLOAT32 else 2 * keys + 2 * routers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +135,9 @@ def layer_bytes(config: ModelConfig, precision: Precision) -> list[LayerBytes]:
 
 
 def end_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
-    """Weights before the first layer, and behind the last."""
+    """Weights before the first layer, and behind the last, for devices of their own: embeddings that are the output too are on both."""
     found = {group.name: group.bytes for group in groups(config, precision)}
-    return found["embeddings"], found["output"] + found["norms"] - config.num_hidden_layers * _norm_bytes(config, precision)
+    return found["output"], found["output"] + found["norms"] - config.num_hidden_layers * _norm_bytes(config, precision)
 
 
 def _norm_bytes(config: ModelConfig, precision: Precision) -> int:

@@ -17,6 +17,7 @@ from model_host.checkpoints import allocate, checked_shards, destinations_in, of
 from model_host.config import ModelConfig, Portion
 from model_host.devices import Share
 from model_host.divided import LayeredModel, RankedModel, SpreadModel
+from model_host.errors import CheckpointError
 from model_host.experts import Held, Spread, SpreadLayer, TorchExperts, sinks
 from model_host.footprint import groups
 from model_host.generation import Progress, stages
@@ -214,15 +215,19 @@ def _stages(config: ModelConfig, held: Sequence[range], portion: Portion | None,
 
 
 def expert_reader(folder: Path, config: ModelConfig, first_layer: int = 0) -> ReadExpert:
-    """Reads single experts from the files of `folder`, layers counted from the first one."""
-    files = {tensor.name: part.file for part in checked_shards(folder, config) for tensor in part.tensors}
+    """Reads single experts from the files of `folder`, layers counted from the first one. What reads them raises CheckpointError when a
+    file is another than it was."""
+    files = {tensor.name: (part.file, tensor.shape) for part in checked_shards(folder, config) for tensor in part.tensors}
 
     def read(layer: int, expert: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for kind in ("gate_proj", "up_proj", "down_proj"):
             name = f"model.layers.{first_layer + layer}.mlp.experts.{expert}.{kind}.weight"
-            with safe_open(files[name], framework="pt") as opened:
+            file, shape = files[name]
+            with safe_open(file, framework="pt") as opened:
                 found[kind] = opened.get_tensor(name)
+            if found[kind].shape != shape:
+                raise CheckpointError(f"{file} was replaced by another checkpoint's while it was in use")
         return found
 
     return read

@@ -1,16 +1,21 @@
 """Which experts are used how often, and moving the most used ones to where they are computed fastest.
 
 Owns: the counts, when a move pays, and swapping two experts of a layer between two holders. Weights come from the checkpoint again, so
-that nothing is rounded twice.
+that nothing is rounded twice. Where they cannot be read or there is no memory to move them, every expert stays where it is.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model_host.config import ModelConfig
+from model_host.errors import CheckpointError
 from model_host.experts import Held
+
+log = logging.getLogger(__name__)
 
 CHECKED_STEPS = 32
 MOVES = 2
@@ -34,6 +39,8 @@ class HotExperts:
         self._is_fast[:, fast.held.start : fast.held.stop] = True
         self._is_slow[:, slow.held.start : slow.held.stop] = True  # others may be in neither: those of other ranks
         self._steps = 0
+        self._is_over = False
+        """Once a move failed, none is tried again: each would hold up a step and fail the same way."""
         self.moves = 0
 
     def note(self, layer: int, experts: Tensor) -> None:
@@ -44,7 +51,7 @@ class HotExperts:
     def end_step(self) -> None:
         """Now and then swaps the experts for which that pays most; to be called between steps."""
         self._steps += 1
-        if self._steps % CHECKED_STEPS:
+        if self._steps % CHECKED_STEPS or self._is_over:
             return
         uses = self._uses.cpu()
         self._uses *= FADING
@@ -52,14 +59,24 @@ class HotExperts:
         coldest, cold = uses.masked_fill(~self._is_fast, torch.inf).min(dim=1)
         gains = (hottest - coldest).where((hottest >= TIMES_HOTTER * coldest) & (hottest >= MIN_USES), 0.0)
         best, rows = gains.topk(min(MOVES, len(gains)))
-        for gain, row in zip(best.tolist(), rows.tolist(), strict=True):
-            if gain > 0:
-                self._swap(row, int(hot[row]), int(cold[row]))
+        try:
+            for gain, row in zip(best.tolist(), rows.tolist(), strict=True):
+                if gain > 0:
+                    self._swap(row, int(hot[row]), int(cold[row]))
+        except (OSError, SafetensorError, CheckpointError, MemoryError, torch.OutOfMemoryError) as error:
+            self._is_over = True
+            log.warning("Experts stay where they are from now on, moving one failed: %s", error)
 
     def _swap(self, row: int, hot: int, cold: int) -> None:
+        """Both are read before either is moved, and the slow holder begins: it can take back what it gave, in its own memory."""
         layer = row + self._first
-        self._fast.replace(layer, cold, hot, self._read(layer, hot))
-        self._slow.replace(layer, hot, cold, self._read(layer, cold))
+        rising, falling = self._read(layer, hot), self._read(layer, cold)
+        self._slow.replace(layer, hot, cold, falling)
+        try:
+            self._fast.replace(layer, cold, hot, rising)
+        except BaseException:
+            self._slow.replace(layer, cold, hot, rising)
+            raise
         self._is_fast[row, hot], self._is_fast[row, cold] = True, False
         self._is_slow[row, hot], self._is_slow[row, cold] = False, True
         self.moves += 1

@@ -4,7 +4,7 @@ Owns: the sentences.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,11 @@ from model_host.catalogue import CATALOGUE, Entry, Infilling, Precision
 from model_host.checkpoints import checked_shards, hub_shapes, locate
 from model_host.config import ModelConfig
 from model_host.devices import parse_devices
-from model_host.errors import CheckpointError, EngineError
+from model_host.errors import CheckpointError, EngineError, RequestError
+from model_host.footprint import groups
 from model_host.machine import free_bytes, real_devices
 from model_host.native.library import available_levels
-from model_host.placement import Demand, Impossible, in_words, plan
+from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, in_words, plan
 from model_host.runner import Kernels, choose
 from model_host.shards import Shard
 from model_host.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def inspect(name: str, device: str, dtype: str, kernels: Kernels) -> Inspection:
         parts = checked_shards(folder, config)
         form = choose(config, device=device, dtype=dtype, kernels=kernels)
         where, kind = form.device, form.precision
-        needed, free = entry.weight_bytes(Precision(kind)), free_bytes(where)
+        needed, free = sum(group.bytes for group in groups(config, Precision(kind))), free_bytes(where)
         facts["weights"] = f"{sum(part.bytes for part in parts) / 1e6:,.1f} MB on disk, {needed / 1e6:,.1f} MB in memory"
         if stored := stored_as(parts, config):
             facts["types"] = f"{stored}; all are taken as {kind}"
@@ -84,15 +85,19 @@ def stored_as(parts: list[Shard], config: ModelConfig) -> str:
     return ", ".join(f"{count} tensors in {kind}" for kind, count in found.most_common()) if len(found) > 1 else ""
 
 
-def placed(name: str, devices: str, dtype: str, context_tokens: int) -> Inspection:
-    """Where `name` would lie on the `devices` described, or on this machine's. Neither needs to be here, nor to be there at all."""
+def placed(name: str, devices: str, dtype: str, context_tokens: int, batch: int) -> Inspection:
+    """Where `name` would lie on the `devices` described, or on this machine's, with `batch` sequences of so many tokens; 0: as many as
+    it is loaded with. Neither needs to be here, nor to be there at all."""
     facts = {"model": name}
     try:
         entry = catalogue.named(name) or described_here(name)
         found = parse_devices(devices) if devices else real_devices()
         precision = None if dtype == "auto" else Precision(dtype)
-        context = min(context_tokens, entry.shape.max_position_embeddings)
-        made = plan(Demand(entry=entry, precision=precision, context_tokens=context), found)
+        most = entry.shape.max_position_embeddings
+        if context_tokens > most:
+            raise RequestError(f"{entry.name} takes {most:,} tokens of context at most, not {context_tokens:,}.")
+        context = context_tokens or min(USUAL_CONTEXT_TOKENS, most)
+        made = plan(Demand(entry=entry, precision=precision, context_tokens=context, batch=batch), found)
     except EngineError as error:
         return Inspection(facts, [str(error)])
     facts["devices"] = ", ".join(f"{device.name} with {device.free_bytes / 1e9:,.1f} GB free" for device in found)
@@ -105,7 +110,8 @@ def placed(name: str, devices: str, dtype: str, context_tokens: int) -> Inspecti
 def described_here(name: str) -> Entry:
     """The entry of a checkpoint that is on this machine. Raises CheckpointError."""
     folder = locate(name)
-    return catalogue.described(folder, ModelConfig.read(folder))
+    entry = catalogue.described(folder, ModelConfig.read(folder))
+    return entry if entry in CATALOGUE else replace(entry, name=name)
 
 
 def known(entry: Entry) -> dict[str, str]:

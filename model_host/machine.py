@@ -3,6 +3,7 @@
 Owns: asking torch and the system. Decides nothing.
 """
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 
 from model_host.devices import Device, imagined_cpu, imagined_gpu
+
+log = logging.getLogger(__name__)
 
 
 def real_devices() -> tuple[Device, ...]:
@@ -26,9 +29,14 @@ def real_devices() -> tuple[Device, ...]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be taken now; of the CPU including what the system would give up of its file cache. None: not known."""
+    """Memory that can be taken now; of the CPU including what the system would give up of its file cache. None: not known, as of a GPU that
+    does not answer any more."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        try:
+            free, _ = torch.cuda.mem_get_info(device)
+        except RuntimeError as error:
+            log.warning("%s does not answer and is left out: %s", device, str(error).partition("\n")[0])
+            return None
         return int(free)
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()

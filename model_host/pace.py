@@ -4,7 +4,7 @@ other.
 Owns: the expected load of the slowest device, when several read experts or heads at the same time. Pure arithmetic, no torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from math import comb
@@ -84,22 +84,18 @@ def slowest_s(config: ModelConfig, counts: tuple[int, ...], speeds: tuple[float,
 
 @cache
 def _expected_s(counts: tuple[int, ...], speeds: tuple[float, ...], before: tuple[float, ...], chosen: int) -> float:
-    """Expected time of the slowest device when `chosen` of sum(counts) experts are drawn (multivariate hypergeometric)."""
-    total = 0.0
-    for loads in _loads(counts, chosen):
-        ways = 1
-        for count, load in zip(counts, loads, strict=True):
-            ways *= comb(count, load)
-        total += ways * max(first + load / speed for first, load, speed in zip(before, loads, speeds, strict=True))
-    return total / comb(sum(counts), chosen)
-
-
-def _loads(counts: tuple[int, ...], chosen: int) -> Iterator[tuple[int, ...]]:
-    """Every way in which so many chosen experts can lie on the devices."""
-    if len(counts) == 1:
-        if chosen <= counts[0]:
-            yield (chosen,)
-        return
-    for here in range(min(counts[0], chosen) + 1):
-        for others in _loads(counts[1:], chosen - here):
-            yield (here, *others)
+    """Expected time of the slowest device when `chosen` of sum(counts) experts are drawn (multivariate hypergeometric): for every time at
+    which one may end, the chance that all have ended then and had not at the one before."""
+    devices = [
+        [(first + load / speed, comb(count, load)) for load in range(min(count, chosen) + 1)]
+        for first, count, speed in zip(before, counts, speeds, strict=True)
+    ]
+    expected, earlier, every = 0.0, 0, comb(sum(counts), chosen)
+    for end in sorted({end for loads in devices for end, _ in loads}):
+        ways = [1, *[0] * chosen]  # to lay so many experts on the devices so far, none of which ends later
+        for loads in devices:
+            here = [count for its_end, count in loads if its_end <= end]
+            ways = [sum(ways[n - load] * count for load, count in enumerate(here[: n + 1])) for n in range(chosen + 1)]
+        expected += end * (ways[chosen] - earlier) / every
+        earlier = ways[chosen]
+    return expected

@@ -11,6 +11,7 @@ in the CPU's memory, where they are computed.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from model_host.catalogue import CATALOGUE, Entry, Precision
 from model_host.config import ModelConfig, Portion
@@ -19,6 +20,7 @@ from model_host.footprint import (
     FOUR_BITS,
     GROUP_COLUMNS,
     cached_bytes_per_token,
+    compiled_bytes,
     end_bytes,
     expert_bytes,
     groups,
@@ -33,6 +35,8 @@ RESERVED_BYTES = {"gpu": 700_000_000, "cpu": 1_000_000_000}
 PREFERRED = (Precision.BFLOAT16, Precision.INT8, Precision.INT4)
 """What "auto" tries, the best first."""
 USUAL_CONTEXT_TOKENS = 16_384
+LEAST_CONTEXT_TOKENS = 1024
+"""A shorter one is offered to nobody."""
 WORTH = 0.8
 """Further GPUs, and processes that wait for each other, are taken where they leave no more than this of a step's time."""
 
@@ -92,22 +96,52 @@ def plan(demand: Demand, devices: Sequence[Device]) -> Plan | Impossible:
 
 
 def _found(demand: Demand, devices: Sequence[Device]) -> Plan | None:
-    gpus = sorted((device for device in devices if device.kind == "gpu"), key=lambda device: -device.free_bytes)
+    gpus = [device for device in devices if device.kind == "gpu"]
     cpus = [device for device in devices if device.kind == "cpu"]
-    for helpers in ([], cpus):
-        for precision in _allowed(demand):
-            best: Plan | None = None
-            for count in range(1, len(gpus) + 1):
-                tried = [_together(demand, precision, [*gpus[:count], *helpers])]
-                if count > 1:
-                    tried.insert(0, _layers_apart(demand, precision, gpus[:count], helpers))
-                for made in tried:
-                    if made is not None and (best is None or made.step_s < WORTH * best.step_s):
-                        best = made
-            if best is not None:
-                return best
-    on_cpu = (_together(demand, precision, cpus) for precision in _allowed(demand) if cpus)
-    return next((made for made in on_cpu if made is not None), None)
+    if (alone := _over_gpus(demand, gpus, [])) is not None:
+        return alone
+    helped = _over_gpus(demand, gpus, cpus) if cpus else None
+    on_cpu = next((made for precision in _allowed(demand) if cpus and (made := _together(demand, precision, cpus)) is not None), None)
+    if helped is None or (on_cpu is not None and on_cpu.precision.bits >= helped.precision.bits and on_cpu.step_s < helped.step_s):
+        return on_cpu
+    return helped
+
+
+def _over_gpus(demand: Demand, gpus: Sequence[Device], helpers: Sequence[Device]) -> Plan | None:
+    config = demand.entry.shape
+    most = max(config.num_hidden_layers, config.num_attention_heads)
+    choices = [chosen for chosen in _choices(gpus) if len(chosen) <= most]
+    for precision in _allowed(demand):
+        best: Plan | None = None
+        for _, alike in groupby(choices, len):
+            orders = [order for chosen in alike for order in _orders(chosen)]
+            apart = (_layers_apart(demand, precision, order, helpers) for order in orders if len(order) > 1)
+            ranks = (_together(demand, precision, [*order, *helpers]) for order in orders)
+            for ways in (apart, ranks):
+                made = min((made for made in ways if made is not None), key=lambda made: (made.step_s, -made.cache_bytes), default=None)
+                if made is not None and (best is None or made.step_s < WORTH * best.step_s):
+                    best = made
+        if best is not None:
+            return best
+    return None
+
+
+def _choices(gpus: Sequence[Device]) -> list[tuple[Device, ...]]:
+    """Which GPUs a plan may be over, few first: those with the most room, of all or of those that are at least so fast."""
+    found = set()
+    for speed in {device.bytes_per_s for device in gpus}:
+        fast = sorted((device for device in gpus if device.bytes_per_s >= speed), key=lambda device: -device.free_bytes)
+        found |= {tuple(fast[:count]) for count in range(1, len(fast) + 1)}
+    return sorted(found, key=lambda chosen: (len(chosen), [(-device.free_bytes, device.name) for device in chosen]))
+
+
+def _orders(gpus: Sequence[Device]) -> list[list[Device]]:
+    """How GPUs may follow each other: where layers are divided the first ones get as many as they hold and the last has the output, of
+    ranks the first has it."""
+    alike: dict[tuple[tuple[int, float], ...], list[Device]] = {}
+    for order in (list(gpus), sorted(gpus, key=lambda device: -device.bytes_per_s), list(reversed(gpus))):
+        alike.setdefault(tuple((device.free_bytes, device.bytes_per_s) for device in order), order)
+    return list(alike.values())
 
 
 def _allowed(demand: Demand) -> tuple[Precision, ...]:
@@ -127,7 +161,9 @@ def _together(demand: Demand, precision: Precision, devices: Sequence[Device]) -
     context = demand.batch * demand.context_tokens * per_token
     room = [device.free_bytes - RESERVED_BYTES[device.kind] for device in devices]
     for rank, portion in enumerate(divided):
-        room[rank] -= rest[rank] + context + working_bytes(config.portion(portion), demand.context_tokens)
+        room[rank] -= rest[rank] + context + working_bytes(config.portion(portion), precision, demand.context_tokens)
+    if bearing[0].kind == "cpu":
+        room[0] -= compiled_bytes(config, precision)
     if min(room[: len(bearing)]) < 0:
         return None
     most = [max(left, 0) // per_expert if per_expert else 0 for left in room]
@@ -186,8 +222,8 @@ def _rest_bytes(config: ModelConfig, precision: Precision, portion: Portion, *, 
     rest = sum(found.values()) - found["routed experts"]
     if is_first:
         return rest
-    _, last = end_bytes(config, precision)
-    return rest - last + (found["output"] if config.tie_word_embeddings else 0)
+    first, last = end_bytes(config, precision)
+    return rest - last + first - found["embeddings"]
 
 
 def _plan(demand: Demand, precision: Precision, shares: Sequence[Share], cache_bytes: int) -> Plan:
@@ -199,28 +235,26 @@ def _layers_apart(demand: Demand, precision: Precision, gpus: Sequence[Device], 
     """The plan in which each GPU has some of the layers, so that all of them have room for the same number of tokens; with a helper,
     which takes the experts that do not fit. None where they do not."""
     config, per_token = demand.entry.shape, cached_bytes_per_token(demand.entry, precision)
-    experts, one = config.n_routed_experts or 0, expert_bytes(config, precision)
-    plain, (first, last) = [layer.all for layer in layer_bytes(config, precision)], end_bytes(config, precision)
-    working = working_bytes(config, demand.context_tokens)
+    experts, one, layers = config.n_routed_experts or 0, expert_bytes(config, precision), config.num_hidden_layers
+    first, last = end_bytes(config, precision)
+    plain = [layer.all for layer in layer_bytes(config, precision)]
+    plain[0], plain[-1] = plain[0] + first, plain[-1] + last
+    working = working_bytes(config, precision, demand.context_tokens)
 
-    def weights(layers: range, kept: int) -> int:
-        routed = kept * one * sum(layer >= config.first_k_dense_replace for layer in layers)
-        ends = (first if layers.start == 0 else 0) + (last if layers.stop == len(plain) else 0)
-        return sum(plain[layers.start : layers.stop]) + routed + ends
+    def sizes(kept: int) -> list[int]:
+        return [size + (kept * one if layer >= config.first_k_dense_replace else 0) for layer, size in enumerate(plain)]
 
     def cut(kept: int, tokens: int) -> list[range] | None:
-        """As many layers on the first GPU as it holds, and so on."""
-        found = [range(0)]
+        """As many layers on the first GPU as it holds, and so on; the last may have none."""
+        needed = [size + tokens * per_token // layers for size in sizes(kept)]
+        found, stop = [], 0
         for device in gpus:
-            room = device.free_bytes - RESERVED_BYTES[device.kind] - working
-            start = stop = found[-1].stop
-            while stop < len(plain):
-                more = range(start, stop + 1)
-                if weights(more, kept) + len(more) * tokens * per_token // len(plain) > room:
-                    break
+            start, room = stop, device.free_bytes - RESERVED_BYTES[device.kind] - working
+            while stop < layers and needed[stop] <= room:
+                room -= needed[stop]
                 stop += 1
             found.append(range(start, stop))
-        return found[1:] if found[-1].stop == len(plain) and all(found[1:]) else None
+        return found if stop == layers else None
 
     wanted = demand.batch * demand.context_tokens
     kept = _largest(-1, experts, lambda count: cut(count, wanted) is not None) if helpers else experts
@@ -228,9 +262,12 @@ def _layers_apart(demand: Demand, precision: Precision, gpus: Sequence[Device], 
     if kept < 0 or cut(kept, wanted) is None or (overflow and overflow > helpers[0].free_bytes - RESERVED_BYTES["cpu"]):
         return None
     tokens = _largest(wanted, demand.batch * config.max_position_embeddings, lambda count: cut(kept, count) is not None)
+    divided = cut(kept, tokens) or []
+    if not all(divided):
+        return None
     shares = [
-        Share(device=device, layers=layers, experts=range(kept), weight_bytes=weights(layers, kept))
-        for device, layers in zip(gpus, cut(kept, tokens) or (), strict=True)
+        Share(device=device, layers=own, experts=range(kept), weight_bytes=sum(sizes(kept)[own.start : own.stop]))
+        for device, own in zip(gpus, divided, strict=True)
     ]
     if overflow:
         shares.append(Share(device=helpers[0], layers=range(0), experts=range(kept, experts), weight_bytes=overflow))
@@ -268,43 +305,57 @@ def _counts(config: ModelConfig, devices: Sequence[Device], most: Sequence[int])
 
 def _impossible(demand: Demand, devices: Sequence[Device]) -> Impossible:
     config, least = demand.entry.shape, _allowed(demand)[-1]
-    needed = sum(group.bytes for group in groups(config, least)) + working_bytes(config, demand.context_tokens)
+    needed = sum(group.bytes for group in groups(config, least)) + working_bytes(config, least, demand.context_tokens)
     needed += demand.batch * demand.context_tokens * cached_bytes_per_token(demand.entry, least)
-    nearest = [
-        (words, found)
-        for words, changes in [*_smaller(demand, devices), *_with_memory(demand, devices)]
-        if (found := next((made for changed, there in changes if (made := _found(changed, there)) is not None), None)) is not None
-    ]
+    needed += min((RESERVED_BYTES[device.kind] for device in devices), default=0)
     free = sum(device.free_bytes for device in devices)
-    return Impossible(demand=demand, needed_bytes=needed, free_bytes=free, nearest=tuple(nearest))
+    nearest = (*_smaller(demand, devices), *_with_memory(demand, devices))
+    return Impossible(demand=demand, needed_bytes=needed, free_bytes=free, nearest=nearest)
 
 
-Changed = Iterator[tuple[Demand, Sequence[Device]]]
-
-
-def _smaller(demand: Demand, devices: Sequence[Device]) -> Iterator[tuple[str, Changed]]:
-    """What asks for less, in words, and the demands that come of it, the least change first."""
-    if demand.precision is not None:
-        below = [precision for precision in PREFERRED if precision.bits < demand.precision.bits]
-        yield "with fewer bits a weight", ((replace(demand, precision=precision), devices) for precision in below)
-    halves = [demand.context_tokens >> n for n in range(demand.context_tokens.bit_length()) if demand.context_tokens >> n >= 1024]
-    shorter = [replace(demand, precision=None, context_tokens=tokens, batch=1) for tokens in halves]
-    yield "with a shorter context", ((changed, devices) for changed in shorter[1:])
+def _smaller(demand: Demand, devices: Sequence[Device]) -> Iterator[tuple[str, Plan]]:
+    """What asks for less, in words, and its plan: of each thing that can be asked less of the least change, and several at once only where
+    none is enough."""
+    halves = [demand.context_tokens >> n for n in range(1, demand.context_tokens.bit_length())]
+    shorter = [replace(demand, context_tokens=tokens) for tokens in halves if tokens >= LEAST_CONTEXT_TOKENS]
+    fewer_bits = [replace(demand, precision=below) for below in PREFERRED if demand.precision and below.bits < demand.precision.bits]
+    alone = [replace(demand, batch=1)] if demand.batch > 1 else []
+    least = [replace(changed, precision=None, batch=1) for changed in (demand, *shorter)]
+    found = [made for changes in (fewer_bits, alone, shorter) if (made := _first(changes, devices)) is not None]
+    if not found and (demand.precision or demand.batch > 1) and (made := _first(least, devices)) is not None:
+        found = [made]
     below_it = [entry for entry in CATALOGUE if entry.parameters < demand.entry.parameters]
     alike = [entry for entry in below_it if (entry.infilling, entry.chat) == (demand.entry.infilling, demand.entry.chat)]
-    if below_it:
-        entry = (alike or below_it)[0]
-        yield "with a smaller model", ((replace(changed, entry=entry), devices) for changed in shorter)
+    for entry in (alike or below_it)[:1]:
+        if (made := _first([replace(changed, entry=entry) for changed in least], devices)) is not None:
+            found.append(made)
+    for made in found:
+        yield _change_in_words(demand, made.demand), made
 
 
-def _with_memory(demand: Demand, devices: Sequence[Device]) -> Iterator[tuple[str, Changed]]:
+def _first(demands: Sequence[Demand], devices: Sequence[Device]) -> Plan | None:
+    return next((made for demand in demands if (made := _found(demand, devices)) is not None), None)
+
+
+def _change_in_words(wanted: Demand, found: Demand) -> str:
+    if found.entry is not wanted.entry:
+        return "with a smaller model"
+    changes = {
+        "fewer bits a weight": found.precision is not wanted.precision,
+        "one sequence at a time": found.batch != wanted.batch,
+        "a shorter context": found.context_tokens != wanted.context_tokens,
+    }
+    return f"with {' and '.join(words for words, there in changes.items() if there)}"
+
+
+def _with_memory(demand: Demand, devices: Sequence[Device]) -> Iterator[tuple[str, Plan]]:
     """The least of the usual amounts of RAM with which there would be a plan."""
     gpus = [device for device in devices if device.kind == "gpu"]
     have = max((device.free_bytes for device in devices if device.kind == "cpu"), default=0)
     for size in USUAL_RAM_GB:
         cpu = imagined_cpu(size)
-        if cpu.free_bytes > have and _found(demand, [*gpus, cpu]) is not None:
-            yield f"with {size} GB of RAM", iter([(demand, [*gpus, cpu])])
+        if cpu.free_bytes > have and (made := _found(demand, [*gpus, cpu])) is not None:
+            yield f"with {size} GB of RAM", made
             return
 
 
@@ -315,24 +366,10 @@ def in_words(made: Plan | Impossible) -> list[str]:
 
 def _plan_in_words(made: Plan) -> Iterator[str]:
     demand, config = made.demand, made.demand.entry.shape
-    experts = config.n_routed_experts or 0
     yield f"{demand.entry.name} fits as {made.precision}: {gigabytes(made.weight_bytes)} of weights."
-    layers = config.num_hidden_layers
     for share in made.shares:
-        parts = []
-        if len(made.shares) == 1:
-            parts = ["everything"]
-        elif share.portion is not None:
-            heads, every = share.portion.heads, config.num_attention_heads
-            parts = [f"a rank with heads {heads.start} to {heads.stop - 1} of {every} in every layer, and the context"]
-        elif len(share.layers) == layers:
-            parts = ["everything but the routed experts, and the context"]
-        elif share.layers:
-            parts = [f"layers {share.layers.start} to {share.layers.stop - 1} of {layers}, with their context"]
-        if len(share.experts) < experts:
-            where = "in each of them" if 0 < len(share.layers) < layers else "in every layer"
-            parts += [f"routed experts {share.experts.start} to {share.experts.stop - 1} of {experts} {where}"] if share.experts else []
-        yield f"{share.device.name} ({gigabytes(share.device.free_bytes)} free): {'; '.join(parts)}, {gigabytes(share.weight_bytes)}."
+        parts = "; ".join(_share_in_words(share, config)) if len(made.shares) > 1 else "everything"
+        yield f"{share.device.name} ({gigabytes(share.device.free_bytes)} free): {parts}, {gigabytes(share.weight_bytes)}."
     if made.shares[0].portion is not None:
         yield "The GPUs compute every layer together, so several are faster than one; each keeps the whole context."
     elif sum(bool(share.layers) for share in made.shares) > 1:
@@ -342,32 +379,68 @@ def _plan_in_words(made: Plan) -> Iterator[str]:
         f"Room for {made.cache_tokens:,} tokens of context ({gigabytes(made.cache_bytes)}), {demand.batch * demand.context_tokens:,} were"
         f" asked for{'' if limit == made.cache_tokens else f'; the model takes {limit:,} at most'}."
     )
+    step = "a token" if demand.batch == 1 else f"a step of {demand.batch} sequences, each"
     yield (
-        f"Decoding at best: {1000 * made.step_s:.1f} ms a step of {demand.batch} at {demand.context_tokens:,} tokens of context, which is"
-        f" {made.tokens_per_s:,.0f} tokens/s. It is what reading the weights takes; expect about half."
+        f"Decoding at best: {1000 * made.step_s:,.1f} ms {step} at {demand.context_tokens:,} tokens of context, which is"
+        f" {_per_second(made)}. It is what reading the weights and the context takes; expect about half."
     )
     if any(share.device.kind == "cpu" for share in made.shares[1:]):
         yield "Experts that did not fit on a GPU are computed on the CPU, which is what takes the time."
     if made.precision.bits < 16:
         but = ", attention's to int8" if made.precision in FOUR_BITS else ""
-        plain = "Vocabulary, routers, norms and kv_b_proj stay in bfloat16."
-        yield f"The other weights are quantized to {made.precision}{but}, while they are loaded. {plain}"
+        yield (
+            f"Weights are quantized to {made.precision}{but}, while they are loaded; embeddings, routers, norms and kv_b_proj keep 16 bits."
+        )
     if made.precision is Precision.NF4:
         yield "bitsandbytes computes one matrix after the other, which takes several times as long as reading it: int4 is faster."
+
+
+def _share_in_words(share: Share, config: ModelConfig) -> Iterator[str]:
+    """What one of several devices has."""
+    layers, experts = config.num_hidden_layers, config.n_routed_experts or 0
+    if share.portion is not None:
+        heads = _counted("head", share.portion.heads, config.num_attention_heads)
+        yield f"a rank with {heads} in every layer, and the context"
+    elif len(share.layers) == layers:
+        yield "everything but the routed experts, and the context"
+    elif share.layers:
+        yield f"{_counted('layer', share.layers, layers)}, with their context"
+    if share.experts and len(share.experts) < experts:
+        where = "in each of them" if 0 < len(share.layers) < layers else "in every layer"
+        yield f"{_counted('routed expert', share.experts, experts)} {where}"
+
+
+def _counted(thing: str, some: range, of: int) -> str:
+    if len(some) == 1:
+        return f"{thing} {some.start} of {of}"
+    return f"{thing}s {some.start} to {some.stop - 1} of {of}"
+
+
+def _per_second(made: Plan) -> str:
+    """Two digits at least, for plans of a token in some seconds."""
+    return f"{made.tokens_per_s:,.{0 if made.tokens_per_s >= 10 else 1}f} tokens/s"
 
 
 def _impossible_in_words(made: Impossible) -> Iterator[str]:
     demand = made.demand
     kind = demand.precision or PREFERRED[-1]
+    context = f"{demand.context_tokens:,} tokens of context"
+    if demand.batch > 1:
+        context = f"{demand.batch} sequences of {context}"
     yield (
-        f"{demand.entry.name} does not fit: as {kind} with {demand.batch * demand.context_tokens:,} tokens of context it needs"
-        f" {gigabytes(made.needed_bytes)}, and {gigabytes(made.free_bytes)} are free."
+        f"{demand.entry.name} does not fit: as {kind} with {context} it needs {gigabytes(made.needed_bytes)}, and"
+        f" {gigabytes(made.free_bytes)} are free."
     )
+    if made.needed_bytes <= made.free_bytes:
+        yield (
+            "That would be enough on one device, but several cannot share it: each needs a part for itself, and has whole layers, or a copy"
+            " of what every layer needs."
+        )
     for change, nearest in made.nearest:
         places = ", ".join(share.device.name for share in nearest.shares)
         yield (
             f"It would fit {change}: {nearest.demand.entry.name} as {nearest.precision} on {places}, with"
-            f" {nearest.demand.context_tokens:,} tokens of context, {nearest.tokens_per_s:,.0f} tokens/s at best."
+            f" {nearest.demand.context_tokens:,} tokens of context, {_per_second(nearest)} at best."
         )
     if not made.nearest:
         yield "Nothing near it fits either: use the embedded 'starter', or an engine on another machine (docs/scaling.md)."
@@ -376,4 +449,4 @@ def _impossible_in_words(made: Impossible) -> Iterator[str]:
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 50e6 else f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.1f} GB" if size >= 50e6 or not size else f"{size / 1e6:,.1f} MB"

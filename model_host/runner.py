@@ -26,7 +26,7 @@ from model_host.machine import real_devices
 from model_host.native.library import why_unavailable
 from model_host.native.model import NativeModel
 from model_host.pages import PAGE_TOKENS, pages_for
-from model_host.placement import USUAL_CONTEXT_TOKENS, Demand, Impossible, in_words, plan
+from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS, Demand, Impossible, in_words, plan
 from model_host.quantized import FEWER_BITS
 from model_host.tiers import Latents
 
@@ -156,6 +156,10 @@ class Form:
     spread_in_words: tuple[str, ...] = ()
     problem: str | None = None
     """Why it cannot be loaded, and what could be."""
+    cache_bytes: int | None = None
+    """What the plan leaves for context; None: there is no plan."""
+    ram_bytes: int | None = None
+    """What it leaves of the computer's memory, where some of the experts lie there."""
 
 
 def choose(config: ModelConfig, *, device: str, dtype: str, kernels: Kernels) -> Form:
@@ -171,13 +175,31 @@ def choose(config: ModelConfig, *, device: str, dtype: str, kernels: Kernels) ->
         return _alone(config, where, dtype, kernels)
     entry = Entry(name="This model", shape=config, context_tokens=config.max_position_embeddings)
     context = min(USUAL_CONTEXT_TOKENS, config.max_position_embeddings)
-    made = plan(Demand(entry=entry, precision=None if dtype == "auto" else Precision(dtype), context_tokens=context), devices)
+    demand = Demand(entry=entry, precision=None if dtype == "auto" else Precision(dtype), context_tokens=context)
+    made = plan(demand, devices)
     if isinstance(made, Impossible):
-        return replace(_alone(config, where, dtype, kernels), problem=" ".join(in_words(made)))
-    form = _alone(config, torch.device(made.shares[0].device.name), made.precision.value, kernels)
+        return replace(_alone(config, where, dtype, kernels), problem=_why_impossible(made, demand, device))
+    helper = made.shares[-1]
+    form = replace(
+        _alone(config, torch.device(made.shares[0].device.name), made.precision.value, kernels),
+        cache_bytes=made.cache_bytes,
+        ram_bytes=None if helper.layers else helper.device.free_bytes - RESERVED_BYTES["cpu"] - helper.weight_bytes,
+    )
     if len(made.shares) == 1 and (form.torch_because is None or form.precision not in FEWER_BITS):
         return form
     return replace(form, shares=made.shares, spread_in_words=tuple(in_words(made)))
+
+
+def _why_impossible(made: Impossible, demand: Demand, device: str) -> str:
+    """What is in the way, and what would be possible: with all of the machine, where the user allows only one device of it."""
+    if device == "auto":
+        return " ".join(in_words(made))
+    first, *_ = in_words(made)
+    everywhere = plan(demand, real_devices())
+    if isinstance(everywhere, Impossible):
+        return " ".join(in_words(everywhere))
+    places = ", ".join(share.device.name for share in everywhere.shares)
+    return f"{first} That is of {device!r} alone: with device set to 'auto' it fits as {everywhere.precision} on {places}."
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -227,9 +227,9 @@ class NativeExperts:
 
     def replace(self, layer: int, old: int, new: int, weights: Mapping[str, Tensor]) -> None:
         slot = int(self._slots[layer, old])
-        self._slots[layer, new], self._slots[layer, old] = slot, -1
         for kind, weight in weights.items():
-            self._packed.put(OF_EXPERT[kind], layer, slot, weight)
+            self._packed.put(OF_EXPERT[kind], layer, slot, weight)  # into memory that is there
+        self._slots[layer, new], self._slots[layer, old] = slot, -1
 
     def partial(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [T, D], weights and experts [T, K] on any device -> float32 [T, D] on the CPU: the sum over the experts that are here."""

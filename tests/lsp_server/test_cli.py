@@ -108,8 +108,9 @@ def test_doctor_plans_a_model_that_is_not_here_on_a_machine_that_is_not_either(t
 
 def test_doctor_plans_on_this_machine_and_refuses_what_it_does_not_know(tmp_path: Path):
     done = run("doctor", "--model", "starter", home=tmp_path)
-    assert done.returncode == 0 and "cpu with" in done.stdout and "fits as bfloat16" in " ".join(done.stdout.split())
+    assert done.returncode == 0 and "cpu with" in done.stdout and "starter fits as bfloat16" in " ".join(done.stdout.split())
     for arguments, said in (
+        (["--model", "v2", "--context", "200000"], "takes 163,840 tokens of context at most, not 200,000"),
         (["--model", "nobody/nothing"], "deepseek-lsp download nobody/nothing"),
         (["--model", "v2", "--devices", "many"], "describes no device"),
         (["--model", "v2", "--dtype", "int3"], "'int3' is none of"),
@@ -117,6 +118,12 @@ def test_doctor_plans_on_this_machine_and_refuses_what_it_does_not_know(tmp_path
     ):
         done = run("doctor", *arguments, home=tmp_path)
         assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+
+
+def test_doctor_plans_for_the_context_and_the_sequences_that_are_asked_for(tmp_path: Path):
+    done = run("doctor", "--model", "v2-lite", "--devices", "24GB", "--context", "32768", "--batch", "4", home=tmp_path)
+    said = " ".join(done.stdout.split())
+    assert "131,072 were asked for" in said and "a step of 4 sequences, each at 32,768 tokens of context" in said
 
 
 def test_an_engine_elsewhere_completes_and_is_told_by_doctor(tmp_path: Path):

@@ -296,6 +296,27 @@ def test_a_quantized_checkpoint_is_refused_by_its_config(folder: Path, method: s
         load(folder)
 
 
+@pytest.mark.parametrize("packed", ["qweight", "weight_packed"])
+def test_weights_that_were_packed_under_other_names_are_called_quantized_and_not_missing(folder: Path, packed: str):
+    weights = load_file(shard(folder))
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    other = name.removesuffix("weight") + packed
+    weights[other] = weights.pop(name).to(torch.int32)[:4]
+    save_file(weights, shard(folder))
+    edit_index(folder, lambda where: where.update({other: where.pop(name)}))
+    with pytest.raises(CheckpointError, match=f"{other} is stored as I32, so these weights are quantized, which cannot be read"):
+        load(folder)
+
+
+def test_packed_weights_in_the_place_and_shape_of_their_own_are_called_quantized(folder: Path):
+    """As bitsandbytes saves NF4: two codes a byte, in one column."""
+    weights = load_file(shard(folder))
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)}, shard(folder))
+    with pytest.raises(CheckpointError, match=f"{name} is stored as U8, so these weights are quantized"):
+        load(folder)
+
+
 def test_buffers_that_older_exports_carry_do_no_harm(folder: Path, sound_model: Model):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file(load_file(shard(folder)) | {name: torch.zeros(4, dtype=torch.int64)}, shard(folder))

@@ -106,7 +106,7 @@ def cards(count: int, room: float) -> tuple[Device, ...]:
     """So slow that ranks are worth it, each with room for such a share of the routed experts; all are this machine's CPU."""
     config = ModelConfig.read(STARTER)
     *others, routed = groups(config, Precision.FLOAT32)
-    rest = sum(group.bytes for group in others) + working_bytes(config, FEW_TOKENS)
+    rest = sum(group.bytes for group in others) + working_bytes(config, Precision.FLOAT32, FEW_TOKENS)
     rest += FEW_TOKENS * config.num_hidden_layers * config.latent_dim * 4
     free = RESERVED_BYTES["gpu"] + rest + int(room * routed.bytes)
     return tuple(Device(name="cpu", kind="gpu", free_bytes=free, bytes_per_s=1e9) for _ in range(count))
@@ -119,6 +119,7 @@ def on_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[Device, ...]], 
     def put(devices: tuple[Device, ...]) -> None:
         monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
         monkeypatch.setattr(runner, "USUAL_CONTEXT_TOKENS", FEW_TOKENS)
+        monkeypatch.setattr(runner, "LEAST_TOKENS", 8192)  # of cache, whatever was planned for
         monkeypatch.setattr(runner, "real_devices", lambda: devices)
 
     return put

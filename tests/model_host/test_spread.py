@@ -1,32 +1,35 @@
 """Experts and layers on several devices, and weights in fewer bits: the same answers as whole, and a sentence when one is lost."""
 
 import asyncio
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_host import hot, runner
+from model_host import hot, machine, runner
 from model_host.batch import Step
 from model_host.catalogue import LARGE, LITE, Entry, Precision
 from model_host.checkpoints import STARTER, load_model
 from model_host.config import ModelConfig
-from model_host.devices import Device, Share
+from model_host.devices import Device, Kind, Share
 from model_host.divided import LayeredModel, SpreadModel
 from model_host.eager import EagerModel
 from model_host.engine import Disk, LocalEngine, load_engine
 from model_host.errors import CheckpointError, EngineError
 from model_host.experts import Spread, TorchExperts
-from model_host.footprint import groups, working_bytes
+from model_host.footprint import compiled_bytes, groups, working_bytes
 from model_host.generation import Cost, Fim, Request, Reuse
 from model_host.holders import expert_reader, load_dense, load_spread
 from model_host.hot import HotExperts
 from model_host.latents import LatentPool
 from model_host.native.library import available_levels
 from model_host.native.model import NativeExperts
+from model_host.pages import pages_for
 from model_host.placement import RESERVED_BYTES, USUAL_CONTEXT_TOKENS
 from model_host.quantized import PackedLinear, Stack, linears, pack, unpack
 from tests.model_host import twins
@@ -167,8 +170,9 @@ def small_devices(config: ModelConfig, precision: Precision, *shares: tuple[str,
     """Devices with room for such shares of the routed experts, and the first for everything else; all are this machine's CPU."""
     *others, routed = groups(config, precision)
     context = min(USUAL_CONTEXT_TOKENS, config.max_position_embeddings)
-    rest = sum(group.bytes for group in others) + working_bytes(config, context)
+    rest = sum(group.bytes for group in others) + working_bytes(config, precision, context)
     rest += context * config.num_hidden_layers * config.latent_dim * (4 if precision is Precision.FLOAT32 else 2)
+    rest += compiled_bytes(config, precision) if shares[0][0] == "cpu" else 0
     return tuple(
         Device(
             name="cpu",
@@ -208,7 +212,7 @@ async def test_a_model_whose_layers_are_divided_as_planned_reuses_what_it_comput
     config = ModelConfig.read(STARTER)
     context = config.max_position_embeddings
     needed = sum(group.bytes for group in groups(config, Precision.FLOAT32)) + context * config.num_hidden_layers * config.latent_dim * 4
-    free = RESERVED_BYTES["gpu"] + working_bytes(config, context) + int(0.6 * needed)
+    free = RESERVED_BYTES["gpu"] + working_bytes(config, Precision.FLOAT32, context) + int(0.6 * needed)
     cards = (Device(name="cpu", kind="gpu", free_bytes=free, bytes_per_s=1e13),) * 2  # so fast that hops are what takes time
     monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
     text = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n\n\n" * 12
@@ -247,6 +251,55 @@ def test_a_model_that_fits_nowhere_is_refused_with_numbers_and_the_nearest_plan(
     monkeypatch.setattr(runner, "real_devices", lambda: small_devices(config, Precision.INT4, ("cpu", 0.3)))
     with pytest.raises(CheckpointError, match=r"does not fit: as int4 with [\d,]+ tokens .* are free\. It would fit"):
         runner.load(one_folder, device="auto", dtype="auto", threads=1, kernels="auto", progress=quiet)
+
+
+@pytest.mark.parametrize("cache_bytes", [10**6, 10**9])
+def test_the_cache_takes_what_the_weights_leave_and_no_more(
+    cache_bytes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    config = ModelConfig.read(STARTER)
+    devices = small_devices(config, Precision.FLOAT32, ("gpu", 0.4), ("cpu", 0.7))
+    monkeypatch.setattr(runner, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(runner, "real_devices", lambda: devices)
+    form = runner.choose(config, device="auto", dtype="float32", kernels="auto")
+    assert form.cache_bytes is not None and 10**6 < form.cache_bytes < 10**9
+    assert form.ram_bytes == devices[1].free_bytes - RESERVED_BYTES["cpu"] - form.shares[1].weight_bytes
+    engine = load_engine(STARTER, dtype="float32", threads=1, cache_bytes=cache_bytes)
+    try:
+        least = LatentPool.page_bytes(config, torch.float32) * pages_for(runner.LEAST_TOKENS)
+        assert engine.facts.cache_bytes <= max(min(cache_bytes, form.cache_bytes), least)
+        assert ("The weights leave room for" in caplog.text) == (cache_bytes > form.cache_bytes)
+    finally:
+        engine.close()
+
+
+def test_a_device_that_is_too_small_alone_is_told_apart_from_a_machine_that_is(monkeypatch: pytest.MonkeyPatch):
+    small, large = (Device(name=name, kind=kind, free_bytes=size, bytes_per_s=1e12) for name, kind, size in DEVICES)
+    monkeypatch.setattr(runner, "real_devices", lambda: (large, small))
+    problem = runner.choose(LITE, device="cpu", dtype="int8", kernels="torch").problem
+    assert problem is not None and "does not fit: as int8" in problem and "GB of RAM" not in problem
+    assert problem.endswith("That is of 'cpu' alone: with device set to 'auto' it fits as int8 on cuda:0.")
+
+
+DEVICES: tuple[tuple[str, Kind, int], ...] = (("cpu", "cpu", 4 * 10**9), ("cuda:0", "gpu", 24 * 10**9))
+
+
+def test_memory_that_is_gone_when_it_is_needed_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def full(model: object, pages: int) -> LatentPool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EagerModel, "pool", full)
+    with pytest.raises(CheckpointError, match="was not there any more: end what else uses it, or lower cache_mb"):
+        load_engine(STARTER, device="cpu", kernels="torch")
+
+
+def test_a_gpu_that_does_not_answer_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def lost(device: object) -> tuple[int, int]:
+        raise torch.AcceleratorError("CUDA error: device unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    assert machine.free_bytes(torch.device("cuda", 1)) is None
+    assert "cuda:1 does not answer and is left out: CUDA error: device unavailable" in caplog.text
 
 
 def test_fewer_bits_are_taken_where_more_do_not_fit(one_folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -300,3 +353,88 @@ def test_experts_stay_where_they_are_while_no_other_is_used_much_more(one_folder
             uses.note(layer, torch.arange(16)[None])
         uses.end_step()
     assert uses.moves == 0
+
+
+def divided_in_two(folder: Path, kernels: str, read: hot.ReadExpert | None = None) -> tuple[SpreadModel, HotExperts]:
+    """Half of the experts where they are fast and half where they are slow, both on this CPU."""
+    config = ModelConfig.read(folder)
+    fast, slow = held(folder, range(8), "float32"), held(folder, range(8, 16), "float32", kernels)
+    return assembled(folder, "float32", [fast, slow]), HotExperts(config, fast, slow, read or expert_reader(folder, config), CPU)
+
+
+def used_most(uses: HotExperts, layer: int, *experts: int) -> None:
+    """Uses of one layer's experts, until they are looked at."""
+    for _ in range(hot.CHECKED_STEPS):
+        uses.note(layer, torch.tensor([experts]))
+        uses.end_step()
+
+
+def slots_of(model: SpreadModel) -> Tensor:
+    """How many places each expert of each layer is in [L, E]."""
+    return sum((one._slots >= 0).int() for one in model._spread.here)  # type: ignore[attr-defined, return-value]
+
+
+@pytest.mark.parametrize("kernels", ["torch", *(["auto"] if available_levels() else [])])
+def test_experts_may_move_there_and_back_any_number_of_times(one_folder: Path, kernels: str):
+    model, uses = divided_in_two(one_folder, kernels)
+    wanted = greedy(model)[0]
+    draw = torch.Generator().manual_seed(7)
+    for _ in range(40):
+        slow_one, fast_one = (
+            int(there[0].nonzero()[int(torch.randint(8, (1,), generator=draw))]) for there in (uses._is_slow, uses._is_fast)
+        )
+        uses._swap(0, slow_one, fast_one)
+    assert uses.moves == 40 and bool((slots_of(model) == 1).all())
+    assert greedy(model)[0] == wanted
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["the hot one", "the cold one"])
+def test_an_expert_that_cannot_be_read_again_stays_and_so_do_all_others(one_folder: Path, failing: int, caplog: pytest.LogCaptureFixture):
+    reads = expert_reader(one_folder, ModelConfig.read(one_folder))
+    asked: list[int] = []
+
+    def read(layer: int, expert: int) -> dict[str, Tensor]:
+        asked.append(expert)
+        if len(asked) - 1 == failing:
+            raise OSError("the disk is gone")
+        return dict(reads(layer, expert))
+
+    model, uses = divided_in_two(one_folder, "torch", read)
+    wanted = greedy(model)[0]
+    used_most(uses, 1, 9, 10)
+    assert "Experts stay where they are from now on, moving one failed: the disk is gone" in caplog.text
+    used_most(uses, 1, 9, 10)
+    assert uses.moves == 0 and len(asked) == failing + 1, "and it is not tried again"
+    assert bool((slots_of(model) == 1).all()) and greedy(model)[0] == wanted
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_gpu_without_memory_in_the_middle_of_a_move_keeps_the_expert_it_had(
+    one_folder: Path, written: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    model, uses = divided_in_two(one_folder, "torch")
+    wanted = greedy(model)[0]
+    fast, _ = model._spread.here
+    assert isinstance(fast, TorchExperts)
+    puts, done = fast.put, []
+
+    def put(layer: int, expert: int, kind: str, weight: Tensor) -> None:
+        if len(done) == written:
+            raise torch.OutOfMemoryError("no memory")
+        done.append(kind)
+        puts(layer, expert, kind, weight)
+
+    monkeypatch.setattr(fast, "put", put)
+    used_most(uses, 1, 9, 10)
+    assert len(done) == written and uses.moves == 0 and "no memory" in caplog.text
+    assert bool((slots_of(model) == 1).all()) and greedy(model)[0] == wanted
+
+
+def test_files_that_were_replaced_while_in_use_are_not_read(one_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(one_folder, tmp_path / "twin"))
+    config = ModelConfig.read(folder)
+    read = expert_reader(folder, config)
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor.flatten() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="was replaced by another checkpoint's while it was in use"):
+        read(1, 9)
