@@ -148,9 +148,9 @@ def most_above(timings: list[Timing]) -> int:
     return max(timing.bytes_above for timing in timings)
 
 
-def read_bytes_per_s() -> float:
-    """How fast memory is read by THREADS threads: the best of many, since neighbours share it."""
-    torch.set_num_threads(THREADS)
+def read_bytes_per_s(threads: int = THREADS) -> float:
+    """How fast memory is read by so many threads: the best of many, since neighbours share it."""
+    torch.set_num_threads(threads)
     numbers = torch.ones(1 << 28)  # 1 GiB
     return max(numbers.nbytes / seconds(read) for read in (numbers.sum, numbers.max) for _ in range(20))
 

@@ -18,7 +18,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,9 @@ OFFLOADED = (("bfloat16", 0.25), ("bfloat16", 0.5), ("int8", 0.5), ("int4", 0.5)
 """Formats, and the part of the experts that lies in the CPU's memory."""
 FORMATS = ("bfloat16", "int8", "int4", "nf4")
 GOALS = tuple(Goal(f"{form}_{kind}_peak_over_final", "<=", 1.15) for form in ("native", "torch") for kind in FORMATS)
+
+
+Metrics = Iterator[tuple[str, float]]
 
 
 def written(folder: Path, config: ModelConfig) -> Path:
@@ -236,10 +240,72 @@ def errors() -> dict[str, float]:
     return {f"{kind}_weight_error": float((back - weight).norm() / weight.norm()) for kind, back in found.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The checkpoint, and what the machine does with it at best."""
+
+    folder: Path
+    config: ModelConfig
+    device: str
+    read_s: float
+    bandwidth: float
+    """Bytes a second of the device's memory."""
+
+
+def formats(files: Files) -> Metrics:
+    forms: dict[str, Callable[[str], Callable[[], StepModel]]] = {
+        "torch": lambda kind: partial(spread, files.folder, kind, files.device, 1, "torch")
+    }
+    if available_levels() and files.device == "cpu":
+        forms = {"native": lambda kind: partial(native, files.folder, kind)} | forms
+    for kind in FORMATS:
+        read_mb = read_mb_per_token(files.config, kind)
+        yield f"{kind}_read_mb_per_token", read_mb
+        for form, load in forms.items():
+            if (form, kind) == ("native", "nf4"):
+                continue  # the compiled kernels have none
+            found = alone(load(kind), nf4.bitsandbytes if kind == "nf4" else torch.get_num_threads)
+            found["load_over_plain_read"] = found.pop("load_s") / files.read_s
+            found["share_of_ceiling"] = found["decode_tokens_per_s"] * read_mb * 1e6 / files.bandwidth
+            yield from ((f"{form}_{kind}_{name}", value) for name, value in found.items())
+
+
+def of_ranks(files: Files) -> Metrics:
+    for ranks in (1, 2, 4):
+        if files.device == "cuda" and ranks > torch.cuda.device_count():
+            break
+        found = alone(partial(spread, files.folder, "bfloat16", files.device, ranks, "auto"))
+        yield from ((f"ranks_{ranks}_{name}", found[name]) for name in ("load_s", "decode_tokens_per_s"))
+
+
+def of_layers(files: Files) -> Metrics:
+    for parts in (2, 4):
+        found = alone(partial(layered, files.folder, "bfloat16", files.device, parts, "auto"))
+        yield f"layers_in_{parts}_decode_tokens_per_s", found["decode_tokens_per_s"]
+
+
+def offload(files: Files) -> Metrics:
+    """With a GPU. The ceiling is what the CPU reads of a token over the bandwidth of its memory, by all cores."""
+    if files.device == "cpu":
+        return
+    bandwidth = in_own_process(partial(read_bytes_per_s, os.cpu_count() or 1))
+    yield "cpu_bandwidth_gb_per_s", bandwidth / 1e9
+    for kind, on_cpu in OFFLOADED:
+        *_, routed = groups(files.config, Precision(kind))
+        found = alone(partial(offloaded, files.folder, kind, files.device, on_cpu))
+        name = f"{kind}_{on_cpu:.0%}_on_cpu"
+        yield from ((f"{name}_{what}", found[what]) for what in ("load_s", "decode_tokens_per_s"))
+        yield f"{name}_share_of_ceiling", found["decode_tokens_per_s"] * routed.read_bytes * on_cpu / bandwidth
+
+
+PARTS: dict[str, Callable[[Files], Metrics]] = {"formats": formats, "ranks": of_ranks, "layers": of_layers, "offload": offload}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the torch forms")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="which parts")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, for the processes that are started from here
     config = SHAPES[arguments.shape]
@@ -249,32 +315,8 @@ def main() -> None:
         read_s = min(plain_read_s(folder, config) for _ in range(3))
         bandwidth = in_own_process(read_bytes_per_s if arguments.device == "cpu" else gpu_read_bytes_per_s)
         metrics |= {"plain_read_s": read_s, "bandwidth_gb_per_s": bandwidth / 1e9}
-        forms: dict[str, Callable[[str], Callable[[], StepModel]]] = {
-            "torch": lambda kind: partial(spread, folder, kind, arguments.device, 1, "torch")
-        }
-        if available_levels() and arguments.device == "cpu":
-            forms = {"native": lambda kind: partial(native, folder, kind)} | forms
-        for kind in FORMATS:
-            read_mb = read_mb_per_token(config, kind)
-            metrics[f"{kind}_read_mb_per_token"] = read_mb
-            for form, load in forms.items():
-                if (form, kind) == ("native", "nf4"):
-                    continue  # the compiled kernels have none
-                found = alone(load(kind), nf4.bitsandbytes if kind == "nf4" else torch.get_num_threads)
-                found["load_over_plain_read"] = found.pop("load_s") / read_s
-                found["share_of_ceiling"] = found["decode_tokens_per_s"] * read_mb * 1e6 / bandwidth
-                metrics |= {f"{form}_{kind}_{name}": value for name, value in found.items()}
-        for ranks in (1, 2, 4):
-            if arguments.device == "cuda" and ranks > torch.cuda.device_count():
-                break
-            found = alone(partial(spread, folder, "bfloat16", arguments.device, ranks, "auto"))
-            metrics |= {f"ranks_{ranks}_{name}": found[name] for name in ("load_s", "decode_tokens_per_s")}
-        for parts in (2, 4):
-            found = alone(partial(layered, folder, "bfloat16", arguments.device, parts, "auto"))
-            metrics[f"layers_in_{parts}_decode_tokens_per_s"] = found["decode_tokens_per_s"]
-        for kind, on_cpu in OFFLOADED if arguments.device == "cuda" else ():
-            found = alone(partial(offloaded, folder, kind, arguments.device, on_cpu))
-            metrics |= {f"{kind}_{on_cpu:.0%}_on_cpu_{name}": found[name] for name in ("load_s", "decode_tokens_per_s")}
+        for part in arguments.only:
+            metrics |= dict(PARTS[part](Files(folder, config, arguments.device, read_s, bandwidth)))
     report("placement", metrics, tuple(goal for goal in GOALS if goal.metric in metrics))
 
 

@@ -28,9 +28,11 @@ PREPARED_PAGES = pages_for(TRIED_CONTEXT)
 """What making ready for steps may write over."""
 
 
-def stepping(model: Model, *, is_whole: bool = True) -> GpuModel | EagerModel:
-    """Captured graphs for a model of which all lies on one GPU, where Triton is; else plain torch."""
-    return GpuModel(model) if is_whole and model.device.type == "cuda" and find_spec("triton") else EagerModel(model)
+def stepping(model: Model, spread: Spread | None = None, *, captures: bool = True) -> GpuModel | EagerModel:
+    """Captured graphs for a model of which all lies on one GPU but experts of `spread` in the CPU's memory, where Triton is; else plain
+    torch."""
+    can = captures and model.device.type == "cuda" and find_spec("triton") and (spread is None or spread.in_kernels is not None)
+    return GpuModel(model, spread=spread) if can else EagerModel(model)
 
 
 class SpreadModel:
@@ -38,7 +40,7 @@ class SpreadModel:
     model_host.runner.StepModel."""
 
     def __init__(self, model: Model, spread: Spread, precision: str, hot: HotExperts | None = None, *, captures: bool = True) -> None:
-        self._stepping = stepping(model, is_whole=captures and spread.only is not None)
+        self._stepping = stepping(model, spread, captures=captures)
         self._spread, self.hot = spread, hot
         if hot is not None:
             spread.note = hot.note

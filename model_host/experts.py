@@ -23,6 +23,7 @@ class Held(Protocol):
 
     held: range
     """Those it began with."""
+    device: torch.device
 
     @property
     def weight_bytes(self) -> int: ...
@@ -82,20 +83,25 @@ class TorchExperts(nn.Module):
         for slots in (self._slots, self._slots_there):
             slots[layer, new], slots[layer, old] = slot, -1
 
+    def slots(self, layer: int, experts: Tensor) -> Tensor:
+        """Which of a layer's stacks' matrices are those of each of the experts, on this device; -1 for one that is not here."""
+        return self._slots_there[layer][experts.long()]
+
     def partial(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         x, weights, experts = x.to(self.device, self.dtype), weights.to(self.device), experts.to(self.device)
-        out = torch.zeros(x.shape, dtype=torch.float32, device=self.device)
-        slots = self._slots_there[layer][experts]  # [T, K]
+        slots = self.slots(layer, experts)  # [T, K]
         rows, places = (slots >= 0).nonzero(as_tuple=True)
         if not len(rows):
-            return out
+            return torch.zeros(x.shape, dtype=torch.float32, device=self.device)
         choices = slots[rows, places]  # [n]
         order = choices.argsort(stable=True)
         rows, places, choices = rows[order], places[order], choices[order]
         gate_up, down = self.stacks(layer)
         gate, up = gate_up.product(x[rows], choices).chunk(2, dim=-1)  # [n, I] each
         y = down.product(F.silu(gate) * up, choices)  # [n, D]
-        return out.index_add_(0, rows, y.float().mul_(weights[rows, places].float().unsqueeze(-1)))
+        parts = y.new_zeros(*slots.shape, y.shape[-1])  # [T, K, D]
+        parts[rows, places] = y  # each in its own place, and summed from there: adding them up as they come is in another order every time
+        return torch.bmm(weights.float().unsqueeze(1), parts.float()).squeeze(1)
 
 
 def stack(experts: int, rows: int, columns: int, precision: str, dtype: torch.dtype, device: torch.device) -> Stack | Nf4Stack:
@@ -120,10 +126,16 @@ class Spread:
         """Told the choices [T, K] of every layer."""
 
     @property
-    def only(self) -> TorchExperts | None:
-        """The one holder, in torch, where there is no other; it has its experts in the order of their numbers, as kernels read them."""
-        only = self.here[0] if len(self.here) == 1 else None
-        return only if isinstance(only, TorchExperts) and only.in_kernels else None
+    def in_kernels(self) -> TorchExperts | None:
+        """The first holder, where kernels of captured graphs can read its experts and all others, if there are any, are the CPU's."""
+        first, others = self.here[0] if self.here else None, self.here[1:]
+        can = isinstance(first, TorchExperts) and first.in_kernels and all(held.device.type == "cpu" for held in others)
+        return first if can and isinstance(first, TorchExperts) else None
+
+    def elsewhere(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """What the other holders make of x [T, D], weights and experts [T, K] -> float32 [T, D] on the CPU."""
+        parts = [held.partial(layer, x, weights, experts) for held in self.here[1:]]
+        return sum(parts[1:], parts[0])
 
     def __call__(self, layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [T, D], weights and experts [T, K] -> [T, D]"""
@@ -143,11 +155,20 @@ class SpreadLayer(nn.Module):
 
     @property
     def stacks(self) -> tuple[Stack, Stack, int]:
-        """Of a spread with one holder: as in `TorchExperts.stacks`, and the number of the expert that is first in them."""
-        assert self._spread.only is not None
-        gate_up, down = self._spread.only.stacks(self._layer)
+        """Of the holder that kernels read: as in `TorchExperts.stacks`, and the number of the expert that is first in them."""
+        held = self._spread.in_kernels
+        assert held is not None
+        gate_up, down = held.stacks(self._layer)
         assert isinstance(gate_up, Stack) and isinstance(down, Stack)
-        return gate_up, down, self._spread.only.held.start
+        return gate_up, down, held.held.start
+
+    def slots(self, experts: Tensor) -> Tensor:
+        """Where in these stacks each of the chosen experts is, of which it takes note; -1 for one that is elsewhere."""
+        if self._spread.note is not None:
+            self._spread.note(self._layer, experts)
+        held = self._spread.in_kernels
+        assert held is not None
+        return held.slots(self._layer, experts)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return self._spread(self._layer, x, weights, experts)

@@ -152,7 +152,7 @@ def load_spread(
     on_cpu = [share for share in shares if not share.layers]
     bearing = [share for share in shares if share.layers]
     if posts := [Post(device=s.device.name, portion=s.portion, experts=s.experts) for s in bearing if s.portion is not None]:
-        ranks = Ranks(folder, posts[1:], home=torch.device(posts[0].device), captures=not on_cpu, **how)
+        ranks = Ranks(folder, posts[1:], home=torch.device(posts[0].device), **how)
         try:
             ranks.start(progress)
             own = _part(folder, config, [bearing[0], *on_cpu], how, ranks.beside, captures=ranks.captures)

@@ -124,13 +124,13 @@ class Ranks:
         dtype: torch.dtype,
         threads: int,
         kernels: str,
-        captures: bool = False,
     ) -> None:
-        """`home` is the device of rank 0; `captures` says whether it would run captured graphs, which it then may (`self.captures`)."""
+        """`home` is the device of rank 0."""
         self._folder, self._posts, self._home = folder, tuple(posts), home
         self._precision, self._dtype, self._threads, self._kernels = precision, dtype, threads, kernels
         self._backend = backend_for([home, *(torch.device(post.device) for post in posts)])
-        self.captures = captures and self._backend == "nccl"
+        self.captures = self._backend == "nccl"
+        """Whether ranks may run captured graphs, in which there are sums."""
         self._workers: list[Worker] = []
         self._news = threading.Condition()
         """Something was heard of a worker."""

@@ -76,7 +76,7 @@ def decoded(bench: Bench, model: Model, gpu: GpuModel | None, latents: LatentPoo
         took = decode_seconds(forward, sequences, 2 if bench.is_tiny else 16)
         row = {"sequences": count, "context": context, "ms a step": took * 1e3, "tokens/s": count / took}
         if gpu and bench.device.type == "cuda":
-            row["graph alone ms"] = replay_seconds(gpu._graphs[count][0].replay) * 1e3
+            row["graph alone ms"] = replay_seconds(gpu._graphs[count].replay) * 1e3
         if count == 1:
             cached = context * config.latent_dim * config.num_hidden_layers * bench.dtype.itemsize
             row |= {"GB a token": (read + cached) / 1e9, "share of ceiling": (read + cached) / bandwidth / took}

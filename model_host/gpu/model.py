@@ -5,9 +5,13 @@ Owns: the graphs, the buffers they read, and which path a step takes. Knows noth
 A step of up to `MAX_ROWS` tokens (decode of several sequences, or a few drafted tokens to verify, or both) is a set of rows: each
 token attends to its own context, and rows of one sequence share a page table. All that changes from step to step are integers, which
 go to the device in one asynchronous copy from pinned memory; then the graph of the next larger number of rows is replayed.
+
+Where experts lie in the CPU's memory a step is several graphs, and between them the host computes what the next one needs (`aside`),
+while the device computes the experts it has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_host.batch import Step
-from model_host.experts import SpreadLayer
+from model_host.experts import Spread, SpreadLayer
+from model_host.gpu.aside import Aside
 from model_host.latents import LatentPool, Layout
 from model_host.models.deepseek_v2 import MLP, Attention, Block, Model, MoE
 from model_host.pages import PAGE_TOKENS, pages_for
@@ -93,11 +98,35 @@ class Rows:
         self._known[number] = pages
 
 
+Between = Callable[[int], None]
+"""What the host does between two parts of a step of so many tokens."""
+Parts = Generator[Between, None, Tensor]
+"""A step's parts, and what comes of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The graphs of a step, each with what follows it, and the memory that the result is in."""
+
+    graphs: tuple[torch.cuda.CUDAGraph, ...]
+    between: tuple[Between, ...]
+    out: Tensor
+
+    def replay(self, tokens: int = 1, launch: Callable[[Callable[[], None]], None] = lambda run: run()) -> None:
+        for graph, follows in zip(self.graphs, self.between, strict=False):  # nothing follows the last one
+            launch(graph.replay)
+            follows(tokens)
+        launch(self.graphs[-1].replay)
+
+
 class GpuModel:
     """Runs steps on one GPU. On another device, or without graphs, the same code runs operation by operation."""
 
-    def __init__(self, model: Model, operations: Any = None, short_tokens: int = SHORT_TOKENS) -> None:
-        """Takes the model over: the weights of projections that read the same input are laid one after the other."""
+    def __init__(
+        self, model: Model, operations: Any = None, short_tokens: int = SHORT_TOKENS, spread: Spread | None = None
+    ) -> None:  # fmt: skip
+        """Takes the model over: the weights of projections that read the same input are laid one after the other. `spread` are its
+        experts, where they are not the model's own."""
         if operations is None:
             from model_host.gpu import kernels as operations  # noqa: PLC0415  Triton is there only where CUDA is
         self.model, self.config, self.short_tokens = model, model.config, short_tokens
@@ -108,13 +137,16 @@ class GpuModel:
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._rows: Rows | None = None
         self._latents: LatentPool | None = None
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, Captured] = {}
+        has_others = spread is not None and len(spread.here) > 1
+        self._aside = Aside(spread, model.config, MAX_ROWS, model.dtype, model.device) if spread is not None and has_others else None
         self._entering = torch.zeros(0 if model.begins else MAX_ROWS, self.config.hidden_size, dtype=model.dtype, device=model.device)
         """[MAX_ROWS, D]: what comes from the layers before these."""
 
     @torch.inference_mode()
     def forward(self, step: Step, latents: LatentPool, x: Tensor | None = None) -> Tensor:
-        """Float32 logits [wanted, vocab] of the step, on the device; x as in `Model.forward`. Nothing here waits for the device."""
+        """Float32 logits [wanted, vocab] of the step, on the device; x as in `Model.forward`. Nothing here waits for
+        the device, but where the CPU computes experts."""
         if len(step.ids) > MAX_ROWS or len(step.wanted) > len(step.ids):
             out: Tensor = self.model(Layout.of(step, self.device, self.short_tokens), latents, x)
             return out
@@ -127,13 +159,14 @@ class GpuModel:
         if self.device.type == "cuda":
             if count not in self._graphs:
                 self._graphs[count] = self._capture(count, rows, latents)
-            graph, out = self._graphs[count]
+            captured = self._graphs[count]
             if self.model.together is None:
-                graph.replay()
+                captured.replay(len(step.ids))
             else:
-                self.model.together.launch(graph.replay)
+                captured.replay(len(step.ids), self.model.together.launch)
+            out = captured.out
         else:
-            out = self._run(count, rows, latents)
+            out = self._run(count, rows, latents, len(step.ids))
         if not self.model.ends:
             return out[: len(step.ids)].clone()
         return out[: len(step.wanted)].to(torch.float32, copy=True)  # the next replay overwrites them
@@ -165,22 +198,43 @@ class GpuModel:
             self._rows, self._latents = Rows(most, self.device), latents
         return self._rows
 
-    def _capture(self, count: int, rows: Rows, latents: LatentPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, count: int, rows: Rows, latents: LatentPool) -> Captured:
         """Runs once so that kernels are compiled and libraries have their workspaces, then records. The step in the buffers is
         simply run again by the replay: it writes the same latents to the same slots."""
+        memory = next((known.graphs[0].pool() for known in self._graphs.values()), None)  # one for all, which run one after the other
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
+        graphs, between = list[torch.cuda.CUDAGraph](), list[Between]()
         with torch.cuda.stream(side):
-            self._run(count, rows, latents)
+            self._run(count, rows, latents, count)
+            torch.cuda.synchronize(self.device)
+            parts = self._parts(count, rows, latents)
+            while True:
+                graphs.append(torch.cuda.CUDAGraph())
+                graphs[-1].capture_begin(pool=memory, capture_error_mode="thread_local")  # other threads may speak to the device
+                try:
+                    between.append(next(parts))
+                except StopIteration as done:
+                    out: Tensor = done.value
+                    break
+                finally:
+                    graphs[-1].capture_end()
+                memory = graphs[-1].pool()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        pool = next((known.pool() for known, _ in self._graphs.values()), None)
-        # The stream has to be named: torch's own for captures stays on the card it was first used on. Other threads may speak to the card.
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            out = self._run(count, rows, latents)
-        return graph, out
+        return Captured(tuple(graphs), tuple(between), out)
 
-    def _run(self, count: int, rows: Rows, latents: LatentPool) -> Tensor:
+    def _run(self, count: int, rows: Rows, latents: LatentPool, tokens: int) -> Tensor:
+        """A step of the first `count` rows, of which the first are its `tokens`, part by part."""
+        parts = self._parts(count, rows, latents)
+        while True:
+            try:
+                between = next(parts)
+            except StopIteration as done:
+                out: Tensor = done.value
+                return out
+            between(tokens)
+
+    def _parts(self, count: int, rows: Rows, latents: LatentPool) -> Parts:
         """The forward pass of the first `count` rows, in the model's type: logits [count, vocab], or what the next layers take
         [count, D]."""
         model, do, together = self.model, self._do, self.model.together
@@ -197,7 +251,7 @@ class GpuModel:
                 attended = together.summed(attended)
             norm = block.post_attention_layernorm
             x, normed = do.add_norm(x, attended.unsqueeze(1), None, norm.weight, norm.eps)
-            parts, shares = self._mlp(block, normed)
+            parts, shares = yield from self._mlp(block, layer, normed)
             if together is not None:
                 parts, shares = together.summed(weighed(parts, shares)).unsqueeze(1), None
             x, normed = do.add_norm(x, parts, shares, following[layer].weight, following[layer].eps)
@@ -220,7 +274,7 @@ class GpuModel:
         mixed = do.attend(*queries, c_kv, k_pe, rows.tables, rows.owners[:count], contexts, attention.scale)
         return do.linear(do.values(mixed, kv_b, attention.nope_dim), matrix(attention.o_proj))
 
-    def _mlp(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _mlp(self, block: Block, layer: int, x: Tensor) -> Generator[Between, None, tuple[Tensor, Tensor | None]]:
         """x [T, D] -> parts [T, M, D] and their shares [T, M], or None where they are simply added."""
         mlp, do = block.mlp, self._do
         if isinstance(mlp, MLP):
@@ -229,7 +283,7 @@ class GpuModel:
         assert isinstance(mlp, MoE)
         gate_up: Tensor | Packed
         down: Tensor | Packed
-        first = None
+        first, count, aside = None, len(x), self._aside
         if isinstance(mlp.experts, SpreadLayer):
             *stacks, first = mlp.experts.stacks
             gate_up, down = (stack.matrices for stack in stacks)
@@ -242,7 +296,14 @@ class GpuModel:
             seen_by_all = 1 if isinstance(down, Packed) else every.down_proj.in_features // down.shape[-1]
         gate = mlp.gate
         shares, ids = do.route(x, gate.weight, gate.top_k, gate.scaling, seen_by_all, gate.groups, gate.top_groups)
-        return do.experts(x, ids, gate_up, down, shared, first=None if self.model.together is None else first), shares
+        if aside is None:
+            return do.experts(x, ids, gate_up, down, shared, first=None if self.model.together is None else first), shares
+        assert isinstance(mlp.experts, SpreadLayer)
+        aside.send(x, shares, ids)
+        yield lambda tokens: aside.sent()
+        parts = do.experts(x, mlp.experts.slots(ids).int(), gate_up, down, shared, first=0)
+        yield lambda tokens: aside.compute(layer, tokens, count)
+        return torch.cat((parts, aside.back[:count].unsqueeze(1)), dim=1), F.pad(shares, (0, 1), value=1.0)
 
 
 def weighed(parts: Tensor, shares: Tensor | None) -> Tensor:

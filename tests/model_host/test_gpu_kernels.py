@@ -3,6 +3,7 @@ kernels run compiled and captured; without one under Triton's interpreter, with 
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -408,6 +409,64 @@ def test_steps_of_packed_weights_give_what_the_plain_model_gives(bits: Bits, cha
 def test_steps_of_kernels_over_packed_weights_give_what_the_plain_model_gives(kernels: ModuleType, bits: Bits, changes: dict[str, Any]):
     few_parts = partial(kernels.attend, tuning=kernels.Tuning(programs=8))
     same_logits(packed_model(bits, **changes, num_hidden_layers=2), SimpleNamespace(**vars(kernels) | {"attend": few_parts}))
+
+
+def spread_model(plainly: Model, precision: str, device: torch.device, cuts: tuple[int, ...]) -> tuple[Model, Spread]:
+    """The same weights with the experts in holders, the first of which is on the device, the others in the CPU's memory."""
+    config, how = plainly.config, {"precision": precision, "dtype": torch.float32}
+    holders = [TorchExperts(config, range(a, b), device=CPU if number else device, **how) for number, (a, b) in enumerate(pairwise(cuts))]
+    spread = Spread(holders)
+    built = empty_dense(config, spread, device=device, **how)
+    places = dict(destinations_in(built)) | {
+        f"model.{name}.weight": module for name, module in built.named_modules() if isinstance(module, PackedLinear)
+    }
+    experts = {name: (held, where) for held in holders for name, where in sinks(held, config)}
+    for name, weight in destinations_in(plainly):
+        if name in experts:
+            held, where = experts[name]
+            held.put(*where, weight)
+        elif isinstance(place := places[name], PackedLinear):
+            place.put(weight)
+        else:
+            place.data.copy_(weight)
+    return built.eval(), spread
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("changes", [{}, GROUPED, {"n_shared_experts": None}], ids=["usual", "groups", "no shared experts"])
+@pytest.mark.parametrize("cuts", [(0, 5, 8), (0, 1, 4, 8)], ids=["two holders", "three holders"])
+def test_steps_with_experts_in_the_cpus_memory_give_what_the_plain_model_gives(
+    precision: str, changes: dict[str, Any], cuts: tuple[int, ...]
+):
+    plainly = model(DEVICE, **changes)
+    whole, _ = spread_model(plainly, precision, DEVICE, (0, 8))
+    built, spread = spread_model(plainly, precision, DEVICE, cuts)
+    gpu = GpuModel(built, plain if DEVICE == CPU else None, spread=spread)
+    ours, reference = pool(built.config, DEVICE), pool(built.config, DEVICE)
+    layer, fast, slow = 2, *spread.here[:2]
+    for number, step in enumerate(steps()):
+        with torch.inference_mode():
+            wanted = whole(Layout.of(step, DEVICE, 16), reference)
+        torch.testing.assert_close(gpu.forward(step, ours), wanted, atol=1e-3, rtol=1e-3)
+        if number % 2:  # an expert of each goes to the other, and back again
+            pair = (fast.held.start, slow.held.start) if number % 4 == 1 else (slow.held.start, fast.held.start)
+            fast.replace(layer, *pair, expert_of(plainly, layer, pair[1]))
+            slow.replace(layer, *reversed(pair), expert_of(plainly, layer, pair[0]))
+
+
+def expert_of(built: Model, layer: int, expert: int) -> dict[str, Tensor]:
+    named = dict(destinations_in(built))
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    return {kind: named[f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight"] for kind in kinds}
+
+
+def test_what_the_gate_chose_is_noted_also_where_the_cpu_helps():
+    built, spread = spread_model(model(DEVICE), "float32", DEVICE, (0, 5, 8))
+    noted: list[int] = []
+    spread.note = lambda layer, experts: noted.append(layer)
+    gpu = GpuModel(built, plain if DEVICE == CPU else None, spread=spread)
+    gpu.forward(Step(ids=(1,), spans=(Span(tokens=1, context=1, pages=(0,)),), wanted=(0,)), pool(built.config, DEVICE))
+    assert set(noted) == {1, 2}
 
 
 @pytest.mark.parametrize("wanted", [(), (2,), (3, 0), (1, 1)])
