@@ -98,9 +98,9 @@ class TorchExperts(nn.Module):
         rows, places, choices = rows[order], places[order], choices[order]
         gate_up, down = self.stacks(layer)
         gate, up = gate_up.product(x[rows], choices).chunk(2, dim=-1)  # [n, I] each
-        y = down.product(F.silu(gate) * up, choices)  # [n, D]
-        parts = y.new_zeros(*slots.shape, y.shape[-1])  # [T, K, D]
-        parts[rows, places] = y  # each in its own place, and summed from there: adding them up as they come is in another order every time
+        # Each choice in its own place, and summed from there: adding them up as they come is in another order every time on a GPU.
+        parts = torch.zeros(*slots.shape, x.shape[-1], dtype=x.dtype, device=x.device)  # [T, K, D]
+        parts[rows, places] = down.product(F.silu(gate) * up, choices)
         return torch.bmm(weights.float().unsqueeze(1), parts.float()).squeeze(1)
 
 

@@ -94,7 +94,7 @@ def cached_bytes_per_token(entry: Entry, precision: Precision) -> int:
 
 def working_bytes(config: ModelConfig, precision: Precision, context_tokens: int) -> int:
     """Of a prompt's chunk: keys and values written out for one layer's heads over the context, and what experts pass on: gate, up and
-    their product, and what comes of each choice before and after it is weighed, in float32 then."""
+    their product, and what comes of each choice, at last in float32."""
     number = 4 if precision is Precision.FLOAT32 else 2
     per_context_token = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim)
     chosen = (config.num_experts_per_tok or 0) * (3 * config.moe_intermediate_size + 3 * config.hidden_size)
