@@ -30,8 +30,8 @@ from model_host.footprint import (
 )
 from model_host.pace import step_s
 
-RESERVED_BYTES = {"gpu": 700_000_000, "cpu": 1_000_000_000}
-"""For libraries, kernels and captured graphs; in the host's own memory for Python and torch."""
+RESERVED_BYTES = {"gpu": 1_200_000_000, "cpu": 1_000_000_000}
+"""For libraries, kernels, captured graphs and what the allocator holds in reserve; in the host's own memory for Python and torch."""
 PREFERRED = (Precision.BFLOAT16, Precision.INT8, Precision.INT4)
 """What "auto" tries, the best first."""
 USUAL_CONTEXT_TOKENS = 16_384

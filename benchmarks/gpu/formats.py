@@ -44,7 +44,11 @@ def formats(bench: Bench) -> None:
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        model, latents = loaded(bench, config, precision)
+        try:
+            model, latents = loaded(bench, config, precision)
+        except torch.OutOfMemoryError as error:
+            fits.append(name | {"left out": str(error).split(".")[0]})
+            continue
         gpu = None if precision is Precision.NF4 else GpuModel(model, bench.operations)  # which reads no NF4
         for row in decoded(bench, model, gpu, latents, precision):
             steps.append(name | row)

@@ -100,7 +100,7 @@ def test_doctor_plans_a_model_that_is_not_here_on_a_machine_that_is_not_either(t
     done = run("doctor", "--model", "coder-v2-lite-base", "--devices", "2x24GB", home=tmp_path)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    assert "fits as bfloat16: 31.4 GB of weights" in said and "gpu 1 (24.0 GB free): layers 17 to 26 of 27, with their context" in said
+    assert "fits as bfloat16: 31.4 GB of weights" in said and "gpu 1 (24.0 GB free): layers 16 to 26 of 27, with their context" in said
     refused = run("doctor", "--model", "deepseek-ai/DeepSeek-V2.5", "--devices", "24GB", home=tmp_path)
     said = " ".join(refused.stdout.split())
     assert refused.returncode == 1 and "does not fit" in said and "It would fit with 128 GB of RAM" in said

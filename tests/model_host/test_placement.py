@@ -151,17 +151,17 @@ def test_uneven_cards_hold_what_they_can():
 
 
 def test_layers_are_divided_where_what_every_layer_needs_is_too_much_for_one_card():
-    found = made(BIG, "12x16GB@9000")  # so fast that sums are what takes time
+    found = made(BIG, "12x17GB@9000")  # so fast that sums are what takes time
     check(found)
     assert found.precision is Precision.INT4 and sum(bool(share.layers) for share in found.shares) == len(found.shares) > 8
     words = " ".join(in_words(found))
-    assert "gpu 0 (16.0 GB free): layers 0 to " in words and "with their context" in words
+    assert "gpu 0 (17.0 GB free): layers 0 to " in words and "with their context" in words
     assert "The layers run one after the other, so several GPUs give room for more, not speed." in words
     assert isinstance(plan(Demand(entry=BIG), parse_devices("8x16GB")), Impossible), "128 GB are too little"
 
 
 def test_layers_are_divided_and_their_experts_lie_in_the_cpus_memory_where_even_that_is_too_little():
-    found = made(BIG, "4x16GB@9000+cpu:128GB")
+    found = made(BIG, "4x17GB@9000+cpu:128GB")
     check(found)
     *gpus, cpu = found.shares
     assert len(gpus) == 4 and all(share.layers and share.experts == gpus[0].experts for share in gpus)
