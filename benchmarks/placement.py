@@ -304,11 +304,13 @@ PARTS: dict[str, Callable[[Files], Metrics]] = {"formats": formats, "ranks": of_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--layers", type=int, help="so many of the shape's layers instead of all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the torch forms")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="which parts")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, for the processes that are started from here
     config = SHAPES[arguments.shape]
+    config = config.model_copy(update={"num_hidden_layers": arguments.layers or config.num_hidden_layers})
     metrics = errors()
     with tempfile.TemporaryDirectory() as place:
         folder = written(Path(place) / "checkpoint", config)
